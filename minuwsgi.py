@@ -1239,7 +1239,7 @@ class Response:
         """The head as bytes, to be sent now with what comes first."""
         if self.status is None:
             raise AssertionError("the application didn't call start_response()")
-        self.sent = True
+        self.sent, self.size = True, 0
         if not self.http:
             return self.head
         head = self.head
@@ -1291,6 +1291,8 @@ class Response:
                 write_some(self.fd, chunks)
             except BlockingIOError:
                 wait_for(self.fd, select.POLLOUT, time.monotonic() + self.timeout)
+            except ConnectionError:
+                raise ClientGone(0, 'during the response') from None
 
     def finish(self, result):
         """Send what the application returned; the job that is left if the client doesn't keep up, else None."""
@@ -1427,13 +1429,16 @@ def run_a_while(fd, job):
     """Run a job while the client keeps up. Returns None when it is done, else the job, begun, with
     what it waits for: (job, event, seconds)."""
     until = None
-    for event, seconds in job:
-        now = time.monotonic()
-        until = until or now + PATIENCE
-        poll = select.poll()
-        poll.register(fd, event)
-        if now >= until or not poll.poll((until - now) * 1000):
-            return job, event, seconds
+    try:
+        for event, seconds in job:
+            now = time.monotonic()
+            until = until or now + PATIENCE
+            poll = select.poll()
+            poll.register(fd, event)
+            if now >= until or not poll.poll((until - now) * 1000):
+                return job, event, seconds
+    except ConnectionError:
+        raise ClientGone(0, 'during the response') from None
     return None
 
 
@@ -1766,8 +1771,7 @@ class Core:
         """The one place where the exceptions of a request end."""
         response, numbers = self.response, self.row.numbers
         if isinstance(error, ClientGone):
-            if response.status is None:
-                response.status = '499'
+            response.status = '499'
             if error.errno:
                 log(f'{self.row.request()}: {error.strerror}')
             if response.sent:
