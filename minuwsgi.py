@@ -578,6 +578,18 @@ def open_log(name):
 # (umask round bind), and its file is removed only while it is still ours (device and inode), as
 # another server may have taken the name over.
 
+def listen_max():
+    """The most connections that the kernel lets wait, see listen(2); what is more is cut silently."""
+    try:
+        with open('/proc/sys/net/core/somaxconn') as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 1 << 30
+
+
+LISTEN_MAX = listen_max()
+
+
 class Listener:
     """A listening socket.
 
@@ -603,7 +615,7 @@ class Listener:
                 self.bind_tcp(address)
         except (OSError, ValueError) as error:
             raise ConfigError(f"can't bind {self.address}: {getattr(error, 'strerror', None) or error}") from None
-        self.socket.listen(config.listen)
+        self.socket.listen(min(config.listen, LISTEN_MAX))
         self.socket.setblocking(True)
         self.host, _, self.port = self.name.rpartition(':') if self.path is None else ('localhost', '', '80')
 
@@ -779,7 +791,7 @@ class Expected:
         self.base = base                                # the environ without the web server's variables
         self.names = {}                                 # size's high byte + name -> name
         # start, its end, copy the template and pieces after it; the same without start; variables
-        self.plan = '\0', 5, base.copy, (), base.copy, (), 0
+        self.plan = '\0', 5, base.copy, (), base.copy, (('nothing', 0, ''),), 0
         self.skipped = {}                               # raw -> (variables before it, constants in it and after it)
         self.countdown = 0
 
@@ -815,7 +827,8 @@ class Expected:
 
     def learn_name(self, raw):
         if raw[:1] != '\0' or len(raw) < 2:             # else the high byte of the size would be ignored
-            raise BadRequest('a variable without a name' if raw == '\0' else 'a name of more than 255 bytes')
+            raise BadRequest({'\0': 'a variable without a name', '': 'the lengths in the block of variables do not add up'}
+                             .get(raw, 'a name of more than 255 bytes'))
         name = sys.intern(raw[1:])
         if len(self.names) < 1000:                      # clients can invent headers
             self.names[raw] = name
@@ -1014,6 +1027,8 @@ def read_some(fd, buffer, deadline):
         except BlockingIOError:
             wait_for(fd, select.POLLIN, deadline)
             continue
+        except ConnectionError as error:
+            raise ClientGone(error.errno, error.strerror) from None
         if not got:
             raise ClientGone(errno.ECONNRESET, 'the client closed the connection')
         return got
@@ -1021,7 +1036,10 @@ def read_some(fd, buffer, deadline):
 
 def write_some(fd, chunks):
     """Write what fits of a list of bytes to a non-blocking descriptor, and leave the rest in the list."""
-    sent = os.writev(fd, chunks[:IOV_MAX])
+    try:
+        sent = os.writev(fd, chunks[:IOV_MAX])
+    except ConnectionError:
+        raise ClientGone(0, 'the client left before the end of the response') from None
     done = 0
     while done < len(chunks) and sent >= len(chunks[done]):
         sent -= len(chunks[done])
@@ -1393,6 +1411,8 @@ def send_file(fd, head, file, offset, count, seconds):
             except BlockingIOError:
                 yield select.POLLOUT, seconds
                 continue
+            except ConnectionError:
+                raise ClientGone(0, 'the client left before the end of the file') from None
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
                     raise
@@ -1492,7 +1512,7 @@ class Offloader:
         except StopIteration:
             self.end(fd, True)
         except Exception as error:
-            if not isinstance(error, ConnectionError):
+            if not isinstance(error, (ClientGone, ConnectionError)):
                 log(f'offload: {error}')
             self.end(fd, False)
         else:
@@ -1669,7 +1689,7 @@ class Core:
                     got, end = self.receive(fd, got)
 
                 text = memory[:end].decode('latin-1')
-                simple = text[4:start_end] == start     # a GET without a query, as expected
+                simple = text[4:start_end] == start and not memory[0]       # a GET without a query, as expected
                 if simple:
                     environ, pieces, at = started_environ(), started_pieces, start_end
                 else:
@@ -2251,9 +2271,9 @@ class Child:
 
 
 class Master:
-    def __init__(self, config, listeners, application, arguments, start):
+    def __init__(self, config, listeners, application, pidfile, start):
         self.config, self.listeners, self.application = config, listeners, application
-        self.arguments, self.start = arguments, start   # for the reload: the command line, and where it was given
+        self.pidfile, self.start = pidfile, start
         self.children = {}                              # pid -> Child
         self.free = [[Row() for _ in range(config.threads)] for _ in range(2 * config.processes + 2)]
         self.total = memoryview(mmap.mmap(-1, 4096)).cast('Q')
@@ -2282,9 +2302,9 @@ class Master:
             if select.select([self.signals], [], [], timeout)[0]:
                 for number in os.read(self.signals, 4096):
                     self.on_signal(number)
-        for listener in self.listeners:
-            if self.config.vacuum:
-                listener.vacuum()
+        for owned in (*self.listeners, self.pidfile):
+            if self.config.vacuum and owned is not None:
+                owned.vacuum()
         return self.exit_code
 
     def on_signal(self, number):
@@ -2348,8 +2368,8 @@ class Master:
         self.replace_workers(now)
         if self.reload_wanted and self.proof is None and not any(child.old for child in self.children.values()):
             self.try_reload()
-        if not self.announced and self.children and all(
-                child.is_ready() and not child.old for child in self.children.values()):
+        serving = [child for child in self.children.values() if not child.stop_with]
+        if not self.announced and serving and all(child.is_ready() and not child.old for child in serving):
             self.announced = True
             log(f"ready: {'1 worker' if self.config.processes == 1 else f'{self.config.processes} workers'}"
                 + (f' with {self.config.threads} threads' if self.config.threads > 1 else ''))
@@ -2490,10 +2510,11 @@ class Master:
             return
         state = {'sockets': [(listener.address, listener.protocol, listener.socket.fileno(), listener.inode)
                              for listener in self.listeners],
-                 'workers': [(child.pid, child.number, child.lifeline) for child in self.children.values()]}
+                 'workers': [(child.pid, child.number, child.lifeline) for child in self.children.values()],
+                 'pidfile': self.pidfile and self.pidfile.fd}
         import json
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
-        for fd in [socket[2] for socket in state['sockets']] + [worker[2] for worker in state['workers']]:
+        for fd in [entry[2] for entry in state['sockets'] + state['workers']] + [state['pidfile']] * bool(self.pidfile):
             os.set_inheritable(fd, True)
         self.start.restore()
         os.execve(sys.executable, self.start.command, {**self.start.environment, RELOADED: json.dumps(state)})
@@ -2646,9 +2667,37 @@ def bind(config, inherited):
         listeners.append(Listener(address, protocol, config, fd, tuple(inode) if inode else None))
     for (address, protocol), (fd, inode) in kept.items():           # the new configuration has it no more
         Listener(address, protocol, config, fd, tuple(inode) if inode else None).vacuum()
+    if config.listen > LISTEN_MAX:
+        log(f'listen = {config.listen}: the kernel allows {LISTEN_MAX}; for more: sysctl net.core.somaxconn={config.listen}')
     if not listeners:
         raise ConfigError('no socket is named: set socket = PATH or http-socket = :8000')
     return listeners
+
+
+class Pidfile:
+    """The file with the master's pid, locked while the master lives: a stale one is no obstacle."""
+
+    def __init__(self, path, fd=None):
+        import fcntl
+        self.path = os.path.abspath(path)
+        try:
+            self.fd = fd if fd is not None else os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            os.set_inheritable(self.fd, False)
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(self.fd, 20, 0).decode().strip()
+            raise ConfigError(f'pidfile = {path}: a server with the pid {pid} holds it; stop it first') from None
+        except OSError as error:
+            raise ConfigError(f"pidfile = {path}: can't write it: {error.strerror}") from None
+        os.ftruncate(self.fd, 0)
+        os.pwrite(self.fd, b'%d\n' % os.getpid(), 0)
+
+    def vacuum(self):
+        try:
+            if os.path.samestat(os.stat(self.path), os.fstat(self.fd)):
+                os.unlink(self.path)
+        except OSError:
+            pass
 
 
 def drop_privileges(config):
@@ -2679,10 +2728,12 @@ def drop_privileges(config):
 def serve(config, start):
     """Bind, load, fork, wait: the server. Its exit code."""
     import json
-    inherited = json.loads(os.environ.pop(RELOADED, '{"sockets": [], "workers": []}'))
+    inherited = json.loads(os.environ.pop(RELOADED, '{"sockets": [], "workers": [], "pidfile": null}'))
+    pidfile = config.pidfile and os.path.abspath(config.pidfile)        # before chdir, as in uWSGI
     log(f"minuwsgi {__version__}, Python {sys.version.split()[0]}, pid {os.getpid()}{', reloaded' * bool(inherited['workers'])}")
     prepare(config)
     listeners = bind(config, inherited['sockets'])
+    pidfile = Pidfile(pidfile, inherited['pidfile']) if pidfile else None
     log('listening on ' + ', '.join(f'{listener.name} ({listener.protocol})' for listener in listeners))
     drop_privileges(config)
     application = None
@@ -2694,7 +2745,7 @@ def serve(config, start):
         return serve_alone(config, listeners, application)
     gc.collect()
     gc.freeze()                                         # the workers' collections leave the shared pages alone
-    master = Master(config, listeners, application, None, start)
+    master = Master(config, listeners, application, pidfile, start)
     master.adopt(inherited['workers'])
     return master.run()
 
