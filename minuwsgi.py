@@ -1309,8 +1309,6 @@ class Response:
                 write_some(self.fd, chunks)
             except BlockingIOError:
                 wait_for(self.fd, select.POLLOUT, time.monotonic() + self.timeout)
-            except ConnectionError:
-                raise ClientGone(0, 'during the response') from None
 
     def finish(self, result):
         """Send what the application returned; the job that is left if the client doesn't keep up, else None."""
@@ -1449,16 +1447,13 @@ def run_a_while(fd, job):
     """Run a job while the client keeps up. Returns None when it is done, else the job, begun, with
     what it waits for: (job, event, seconds)."""
     until = None
-    try:
-        for event, seconds in job:
-            now = time.monotonic()
-            until = until or now + PATIENCE
-            poll = select.poll()
-            poll.register(fd, event)
-            if now >= until or not poll.poll((until - now) * 1000):
-                return job, event, seconds
-    except ConnectionError:
-        raise ClientGone(0, 'during the response') from None
+    for event, seconds in job:
+        now = time.monotonic()
+        until = until or now + PATIENCE
+        poll = select.poll()
+        poll.register(fd, event)
+        if now >= until or not poll.poll((until - now) * 1000):
+            return job, event, seconds
     return None
 
 
@@ -1947,8 +1942,9 @@ class Core:
             result = self.application(environ, response.start_response)
             if type(result) is list and len(result) == 1 and response.length == len(result[0]) < SMALL \
                     and not response.sent:
+                head = response.take_head()
                 response.size = response.length
-                response.send([response.take_head() + result[0]])
+                response.send([head + result[0]])
             else:
                 job = response.finish(result)
             if body is not None and not body.left:
@@ -2031,8 +2027,9 @@ class Worker:
 
     def on_stop(self, number, _):
         """SIGTERM: everything ends, serve what waits. SIGHUP, SIGIO (the master died): others serve it."""
+        if not self.stopping:                           # the master repeats the signal
+            self.closing_at = time.monotonic() + 1
         self.stopping = True
-        self.closing_at = time.monotonic() + 1
         if self.poll is not None:
             os.write(self.stop_write, b'.')
         for fd, listener in self.listeners.items():
