@@ -1616,8 +1616,9 @@ class TestReadme:
 
     def test_trouble_queue_full(self, nginx, tmp, start):
         os.mkfifo(tmp / 'fifo')
-        start("""
+        server = start("""
             def application(environ, start_response):
+                print('at work', file=environ['wsgi.errors'])
                 open('fifo').read()
                 start_response('200 OK', [])
                 return []
@@ -1628,8 +1629,9 @@ class TestReadme:
                 for _ in range(10):
                     connection = waiting.enter_context(socket.socket(socket.AF_UNIX))
                     connection.setblocking(False)
-                    connection.connect(str(tmp / 's'))
+                    connection.connect(server.socket)
                     connection.send(packet())
+                    server.wait_for('at work')          # so it isn't in the queue
                 raise AssertionError('the queue has no end')
             assert front.ask('site').status == 502 and self.row('temporarily') in front.log()
         end = os.open(tmp / 'fifo', os.O_RDWR)          # the request at hand goes on
