@@ -2027,22 +2027,20 @@ class Worker:
 
     def on_stop(self, number, _):
         """SIGTERM: everything ends, serve what waits. SIGHUP, SIGIO (the master died): others serve it."""
-        if not self.stopping:                           # the master repeats the signal
-            self.closing_at = time.monotonic() + 1
+        if self.stopping:                               # the master repeats it, to interrupt accept()
+            return
         self.stopping = True
+        self.closing_at = time.monotonic() + 1
         if self.poll is not None:
             os.write(self.stop_write, b'.')
         for fd, listener in self.listeners.items():
             if self.poll is None:
-                if number == signal.SIGTERM and self.waiting is None:
+                if number == signal.SIGTERM:
                     self.waiting = listener.socket.dup()
                     self.waiting.setblocking(False)     # for all that share it: they stop too
                 os.dup2(self.dead_end, fd, inheritable=False)
             elif number != signal.SIGTERM:
-                try:
-                    self.poll.unregister(fd)
-                except OSError:                         # the signal came twice
-                    pass
+                self.poll.unregister(fd)
 
     def must_stop(self, error):
         """After a failed accept(): is it because of a stop? Otherwise wait until it may go better."""
@@ -2067,7 +2065,7 @@ class Worker:
             log(f'worker {self.number} (pid {os.getpid()}) leaves: {why}')
             self.tell_master(LEAVING)
             if not self.master:
-                self.on_stop()
+                self.on_stop(signal.SIGTERM, None)
 
     # -- HTTP connections; with threads, an event is for one thread only (EPOLLONESHOT)
 

@@ -1213,6 +1213,14 @@ def test_connections_that_nginx_keeps_do_not_hold_up_a_stop(start, nginx, tmp):
     assert server.stop() == 0 and 'killed' not in server.log
 
 
+def test_a_stop_amid_a_reload_is_a_clean_end(start):
+    for _ in range(5):
+        server = start(ini='processes = 4')
+        server.kill(signal.SIGHUP)
+        server.wait_for('reloaded')
+        assert server.stop() == 0
+
+
 def test_proxy_pass_to_a_uwsgi_socket_is_explained_in_the_browser(site):
     answer = site.ask('wrong')
     assert answer.status == 400 and b'in nginx use uwsgi_pass, not proxy_pass' in answer.content
