@@ -1451,16 +1451,6 @@ def options_table():
     return lines
 
 
-def uwsgi_table():
-    """uWSGI's options that need no switch, or that aren't there."""
-    lines = ["| uWSGI's option | here |", '|---|---|']
-    for table, what in (minuwsgi.NOT_NEEDED, 'accepted'), (minuwsgi.NOT_SUPPORTED, 'not there; instead'):
-        for names, reason in table:
-            names = ' '.join(f'`{name}`' for name in names.split())
-            lines.append(f'| {names} | {what}: {reason} |')
-    return lines
-
-
 def parts():
     """[(first line, last line, title)] of the parts of minuwsgi.py."""
     lines = SOURCE.split('\n')
@@ -1480,11 +1470,11 @@ def parts_table(old):
 def readme_as_it_should_be():
     """README.md with its tables made anew between their pairs of comments."""
     text = README.read_text()
-    for name, make in ('options', options_table), ('uwsgi', uwsgi_table), ('parts', parts_table):
+    for name, make in ('options', lambda old: options_table()), ('parts', parts_table):
         begin, end = f'<!-- {name}: python3 test_minuwsgi.py --readme -->\n', f'<!-- end of {name} -->'
         before, _, rest = text.partition(begin)
         old, _, after = rest.partition(end)
-        text = before + begin + '\n'.join(make(old) if make is parts_table else make()) + '\n' + end + after
+        text = before + begin + '\n'.join(make(old)) + '\n' + end + after
     return text
 
 
@@ -1646,6 +1636,16 @@ class TestReadme:
         os.unlink(tmp / 'fifo')
         (tmp / 'fifo').touch()                          # as do all others
         os.close(end)
+
+    def test_trouble_a_worker_dies(self, nginx, tmp, start):
+        server = start("""
+            def application(environ, start_response):
+                environ['wsgi.input'].read()
+                __import__('os').abort()
+        """)
+        front = nginx({'site': UWSGI.format(tmp)})
+        assert front.ask('site', '/', b'x' * 100_000).status == 502 and self.row('prematurely') in front.log()
+        assert 'SIGABRT' in server.wait_for('died: .*, at POST /')
 
     def test_trouble_http_to_a_uwsgi_socket(self, start):
         server, wanted = start(), self.row('speaks the uwsgi')
