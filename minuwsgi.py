@@ -590,9 +590,13 @@ EXIT_CONFIG = 1                         # a mistake in the configuration, an add
 EXIT_NO_APP = 22                        # the application can't be loaded; uWSGI's number
 
 
+log_date = []                           # of the option log-date: the format of strftime(), or nothing
+
+
 def log(message):
+    date = time.strftime(log_date[0]) + ' - ' if log_date else ''
     try:
-        os.write(2, f'{message}\n'.encode('utf-8', 'backslashreplace'))
+        os.write(2, f'{date}{message}\n'.encode('utf-8', 'backslashreplace'))
     except OSError:
         pass
 
@@ -612,6 +616,13 @@ def open_log(name):
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
+
+
+def mtime(name):
+    try:
+        return os.stat(name).st_mtime_ns
+    except OSError:
+        return None
 
 
 def reopen_log(config):
@@ -1608,7 +1619,7 @@ class Offloader:
 # which is why the master repeats it.
 
 # A row of the scoreboard, one for each core, in shared memory: the last packet, then these numbers.
-PID, READY, STARTED, REQUESTS, ERRORS, BYTES, BUSY, LEAVING = range(8)
+PID, NUMBER, READY, STARTED, REQUESTS, ERRORS, BUSY, LEAVING = range(8)
 NUMBERS = PACKET_MAX + 8 - PACKET_MAX % 8
 ROW_SIZE = NUMBERS + 8 * 8
 
@@ -1637,6 +1648,13 @@ class Row:
 
     def clear(self):
         self.numbers[:] = memoryview(bytes(64)).cast('d')
+
+    def as_worker(self):
+        """For uwsgi.workers()."""
+        requests, busy = int(self.numbers[REQUESTS]), int(self.numbers[BUSY] * 1e6)
+        return {'id': int(self.numbers[NUMBER]), 'pid': int(self.numbers[PID]), 'requests': requests,
+                'exceptions': int(self.numbers[ERRORS]), 'status': b'busy' if self.numbers[STARTED] else b'idle',
+                'running_time': busy, 'avg_rt': busy // requests if requests else 0}
 
 
 class Connection:
@@ -1715,7 +1733,7 @@ class Core:
         preadv, write, close, clock, nowait = os.preadv, os.write, os.close, time.monotonic, NOWAIT
         memory, packet, numbers = self.row.memory, [self.row.packet], self.row.numbers
         response, application, expected = self.response, self.application, self.expected
-        start_response, logging = response.start_response, not self.config.disable_logging
+        start_response, logging = response.start_response, self.worker.logging
         start, start_end, started_environ, started_pieces, new_environ, all_pieces, planned = expected.plan
         nothing, took, requests, limit = self.template, 0.0, int(numbers[REQUESTS]), self.worker.limit
         while True:
@@ -1892,28 +1910,62 @@ class Core:
             done(fd, ending != 'cut')
 
     def log_request(self, environ, variables, size, took):
-        """A line in uWSGI's format."""
+        """A line in uWSGI's format, byte for byte, or in that of log-format."""
         self.tell_time()
-        response, get, total = self.response, environ.get, self.worker.total
+        config, response, get, total = self.config, self.response, environ.get, self.worker.total
         total[0] += 1
-        status, head, headers = response.status or '500', response.head, len(response.headers)
+        status, head, headers = (response.status or '500')[:3], response.head, len(response.headers)
         if not response.sent:
             head, headers = b'', 0
-        line = (f"[pid: {self.pid}|app: 0|req: {int(self.row.numbers[REQUESTS])}/{total[0]}] {get('REMOTE_ADDR', '')} "
-                f"({get('REMOTE_USER', '')}) {{{2 * variables} vars in {size} bytes}} [{self.date}] "
-                f"{get('REQUEST_METHOD', '')} {get('REQUEST_URI', '')} => generated {response.size} bytes in "
-                f"{int(took * 1000)} msecs ({get('SERVER_PROTOCOL', '')} {status[:3]}) {headers} headers in "
-                f"{len(head)} bytes (1 switches on core {self.number})\n")
+        if config.disable_logging and not (
+                config.log_4xx and status[0] == '4' or config.log_5xx and status[0] == '5'
+                or config.log_slow and took * 1000 >= config.log_slow or config.log_zero and not response.size
+                or config.log_big and response.size >= config.log_big):
+            return
+        address = get('REMOTE_ADDR', '')
+        if config.log_x_forwarded_for:
+            address = get('HTTP_X_FORWARDED_FOR', address)
+        if config.log_format:
+            line = self.formatted(environ, status, took, address, {
+                'headers': headers, 'hsize': len(head), 'size': len(head) + response.size, 'vars': 2 * variables,
+                'pktsize': size})
+        else:
+            line = (f"[pid: {self.pid}|app: 0|req: {int(self.row.numbers[REQUESTS])}/{total[0]}] {address} "
+                    f"({get('REMOTE_USER', '')}) {{{2 * variables} vars in {size} bytes}} [{self.date}] "
+                    f"{get('REQUEST_METHOD', '')} {get('REQUEST_URI', '')} => generated {response.size} bytes in "
+                    f"{int(took * 1000)} msecs ({get('SERVER_PROTOCOL', '')} {status}) {headers} headers in "
+                    f"{len(head)} bytes (1 switches on core {self.number})\n")
         try:
-            os.write(2, line.encode('latin-1', 'replace'))
+            os.write(self.worker.log_fd, line.encode('latin-1', 'backslashreplace'))
         except OSError:
             pass
+
+    def formatted(self, environ, status, took, address, values):
+        """The line of log-format: %(name) of uWSGI's names, %(var.NAME) of the environ; '-' for what isn't there."""
+        now = time.time()
+        zone = time.strftime('%z', time.localtime(now))
+        values.update({
+            'uri': environ.get('REQUEST_URI'), 'method': environ.get('REQUEST_METHOD'), 'user': environ.get('REMOTE_USER'),
+            'addr': address, 'host': environ.get('HTTP_HOST'), 'proto': environ.get('SERVER_PROTOCOL'),
+            'uagent': environ.get('HTTP_USER_AGENT'), 'referer': environ.get('HTTP_REFERER'), 'status': status,
+            'rsize': self.response.size, 'cl': environ.get('CONTENT_LENGTH') or 0, 'micros': int(took * 1e6),
+            'msecs': int(took * 1e3), 'secs': f'{took:.6f}', 'tmsecs': int((now - took) * 1e3),
+            'tmicros': int((now - took) * 1e6), 'time': int(now - took), 'epoch': int(now), 'ctime': self.date,
+            'ltime': time.strftime('%d/%b/%Y:%H:%M:%S ', time.localtime(now)) + zone,
+            'ftime': time.strftime('%d/%b/%Y:%H:%M:%S ', time.localtime(now)) + zone, 'pid': self.pid,
+            'wid': self.worker.number, 'core': self.number, 'switches': 1, 'modifier1': 0, 'modifier2': 0})
+
+        def fill(name):
+            value = environ.get(name[4:]) if name[:4] == 'var.' else values.get(name)
+            return '-' if value in (None, '') else str(value).replace('\n', '\\n')
+        return substitute('%(', self.config.log_format, fill) + '\n'
 
     def tell_time(self):
         """Bring the texts of the time up to date; strftime() would heed the locale."""
         now = time.time()
         if int(now) != self.second:
             self.second, self.date = int(now), time.ctime(now)
+            reopen_log(self.config)                     # logrotate may have moved it
             utc = time.asctime(time.gmtime(now))
             day = utc[8:10].replace(' ', '0')
             self.response.date = f'Date: {utc[:3]}, {day} {utc[4:7]} {utc[20:]} {utc[11:19]} GMT\r\n'.encode()
@@ -2025,7 +2077,7 @@ class Core:
         self.requests += 1
         numbers[REQUESTS] = self.requests
         numbers[BUSY] += took
-        if not self.config.disable_logging:
+        if self.worker.logging:
             self.log_request(environ, len(environ) - len(connection.environ), max(end, 0) + 4, took)
         response.sent, response.size, response.end, response.http = False, 0, '\r\n', False
         numbers[STARTED] = 0.0
@@ -2052,6 +2104,13 @@ class Worker:
         self.offloaders = [Offloader() for _ in range(max(1, config.offload_threads))]
         self.poll = self.stop_read = None
         self.swept = 0.0
+        self.logging = not config.disable_logging or any((
+            config.log_4xx, config.log_5xx, config.log_slow, config.log_zero, config.log_big))
+        self.log_fd = 2
+        for target in config.req_logger:
+            if 'file:' in target:
+                self.log_fd = os.open(target.partition('file:')[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+                                      | os.O_CLOEXEC, 0o640)
         self.limit = self.most = math.inf               # requests until check_limits(), until we leave
         if config.max_requests:                         # not all workers at the same time
             delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
@@ -2080,6 +2139,8 @@ class Worker:
             import threading
             threads.append(threading.Thread(target=core.serve, args=(core.wait,), daemon=True))
             threads[-1].start()
+        if self.config.py_autoreload and self.number == 1 and self.master:
+            self.watch_modules()
         self.tell_master(READY)
         cores[0].serve(accept)
         if self.waiting is not None:
@@ -2101,6 +2162,23 @@ class Worker:
         signal.signal(signal.SIGALRM, self.on_harakiri)
         for number in signal.SIGUSR2, signal.SIGALRM:   # the stacks come first, and even if Python hangs in C
             faulthandler.register(number, file=2, chain=True)
+
+    def watch_modules(self):
+        """py-autoreload: a thread of the first worker that asks for a reload when a module's file changes."""
+        def files():
+            return {name: mtime(file) for name, module in list(sys.modules.items())
+                    if (file := getattr(module, '__file__', None))}
+
+        def watch():
+            before = files()
+            while True:
+                time.sleep(self.config.py_autoreload)
+                now = files()
+                if any(before.get(name, time_) != time_ for name, time_ in now.items()):
+                    os.kill(self.master, signal.SIGHUP)
+                before = now
+        import threading
+        threading.Thread(target=watch, name='py-autoreload', daemon=True).start()
 
     def tell_state(self, *_):
         log(f'worker {self.number} (pid {os.getpid()}): '
@@ -2422,13 +2500,6 @@ def oom_kills():
         return 0
 
 
-def mtime(name):
-    try:
-        return os.stat(name).st_mtime_ns
-    except OSError:
-        return None
-
-
 def queue(listener):
     """(connections that wait, how many may) of a listening socket: tcp(7) TCP_INFO, sock_diag(7)."""
     try:
@@ -2543,7 +2614,7 @@ class Stats:
     def worker(self, child):
         numbers = [row.numbers for row in child.rows or ()]
         total = {name: sum(row[i] for row in numbers) for name, i in
-                 (('requests', REQUESTS), ('errors', ERRORS), ('bytes', BYTES), ('busy', BUSY))}
+                 (('requests', REQUESTS), ('errors', ERRORS), ('busy', BUSY))}
         try:
             with open(f'/proc/{child.pid}/statm') as file:
                 vsz, rss = [int(pages) * mmap.PAGESIZE for pages in file.read().split()[:2]]
@@ -2555,7 +2626,7 @@ class Stats:
                 'requests': requests, 'delta_requests': requests, 'exceptions': int(total['errors']), 'harakiri_count': 0,
                 'signals': 0, 'signal_queue': 0, 'status': status, 'rss': rss, 'vsz': vsz,
                 'running_time': int(total['busy'] * 1e6), 'last_spawn': int(time.time() - time.monotonic() + child.born),
-                'respawn_count': 1, 'tx': int(total['bytes']),
+                'respawn_count': 1, 'tx': 0,
                 'avg_rt': int(total['busy'] * 1e6 / requests) if requests else 0,
                 'apps': [{'id': 0, 'modifier1': 0, 'mountpoint': '', 'startup_time': 0, 'requests': requests,
                           'exceptions': int(total['errors']), 'chdir': ''}],
@@ -2579,7 +2650,7 @@ class Stats:
         lines = []
         workers = [self.worker(child) for child in self.master.children.values()]
         for name, kind, key in (('requests_total', 'counter', 'requests'), ('errors_total', 'counter', 'exceptions'),
-                                ('sent_bytes_total', 'counter', 'tx'), ('rss_bytes', 'gauge', 'rss'),
+                                ('rss_bytes', 'gauge', 'rss'),
                                 ('busy', 'gauge', 'status')):
             lines.append(f'# TYPE minuwsgi_worker_{name} {kind}')
             lines += [f'minuwsgi_worker_{name}{{worker="{w["id"]}"}} {int(w[key] == "busy") if key == "status" else w[key]}'
@@ -2591,6 +2662,32 @@ class Stats:
 
 
 notify = Notify()
+
+
+def offer_uwsgi_module(config):
+    """`import uwsgi` and `from uwsgidecorators import postfork`, for applications that have them in their
+    code: the part of uWSGI's Python module that makes sense here. A list, for become_worker(), of the
+    functions to call after the fork."""
+    import types
+    module, decorators, hooks = types.ModuleType('uwsgi'), types.ModuleType('uwsgidecorators'), []
+    master = os.getpid()
+    vars(module).update({
+        'version': __version__.encode(), 'version_info': tuple(map(int, __version__.split('.'))), 'worker': None,
+        'hostname': os.uname().nodename.encode(), 'numproc': config.processes, 'cores': config.threads,
+        'has_threads': True, 'started_on': int(time.time()), 'applications': {},
+        'opt': {setting.name: setting.value.encode() for setting in config.settings},
+        'masterpid': lambda: master if config.master else 0,
+        'worker_id': lambda: module.worker.number if module.worker else 0, 'mule_id': lambda: 0,
+        'request_id': lambda: int(module.worker.rows[0].numbers[REQUESTS]) + 1,
+        'total_requests': lambda: module.worker.total[0],
+        'workers': lambda: tuple(row.as_worker() for row in module.worker.all_rows if row.numbers[PID]),
+        'reload': lambda: os.kill(master, signal.SIGHUP) or True, 'stop': lambda: os.kill(master, signal.SIGTERM) or True,
+        'log': lambda message: log(message) or True, 'ready': lambda: True,
+        'set_user_harakiri': lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds) and None,
+        'setprocname': lambda name: None, 'accepting': lambda: None})
+    decorators.postfork = lambda function: hooks.append(function) or function
+    sys.modules.update(uwsgi=module, uwsgidecorators=decorators)
+    return hooks
 
 
 class Child:
@@ -2625,11 +2722,12 @@ class Child:
 class Master:
     """The process that owns the sockets, and keeps the workers that there should be."""
 
-    def __init__(self, config, listeners, application, pidfile, start, signals):
-        self.config, self.listeners, self.application = config, listeners, application
+    def __init__(self, config, listeners, application, pidfile, start, signals, hooks):
+        self.config, self.listeners, self.application, self.hooks = config, listeners, application, hooks
         self.pidfile, self.start, self.signals = pidfile, start, signals
         self.children = {}                              # pid -> Child
-        self.free = [[Row() for _ in range(config.threads)] for _ in range(2 * config.processes + 2)]
+        self.all_rows = [[Row() for _ in range(config.threads)] for _ in range(2 * config.processes + 2)]
+        self.free = list(self.all_rows)
         self.total = memoryview(mmap.mmap(-1, 4096)).cast('Q')
         self.wanted = config.processes                  # how many workers there should be now
         if 0 < config.cheaper < config.processes:
@@ -2787,8 +2885,9 @@ class Master:
             self.last_busy = now
         if 0 < self.config.cheaper < self.config.processes and len(serving) >= self.wanted:
             self.scale(busy, len(serving))
-        if self.config.idle and now - self.last_busy > self.config.idle and not busy:
-            self.rest()
+        if self.config.idle and self.config.die_on_idle and now - self.last_busy > self.config.idle:
+            log(f'idle for {self.config.idle} s')
+            self.stop()
 
     def scale(self, busy, there):
         """cheaper: one step more when all workers are busy or requests wait, one less after calm seconds."""
@@ -2862,6 +2961,9 @@ class Master:
                 owned.close()
         name_process(self.config, f'worker {number}')
         worker = Worker(self.config, self.listeners, self.application, rows, self.total, number, master)
+        worker.all_rows = [rows[0] for rows in self.all_rows]
+        rows[0].numbers[PID], rows[0].numbers[NUMBER] = os.getpid(), number
+        sys.modules['uwsgi'].worker = worker
         worker.handle_signals()
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
@@ -2872,6 +2974,8 @@ class Master:
             worker.application = load_or_log(self.config)
             if worker.application is None:
                 return EXIT_NO_APP
+        for hook in self.hooks:
+            hook()
         worker.run()
         finish_process()
         return 0
@@ -2898,6 +3002,7 @@ class Master:
         ready, doing, answered = child.is_ready(), child.doing(now), child.answered()
         self.ever_ready = self.ever_ready or ready
         if child.rows is not None:
+            child.rows[0].numbers[PID] = 0
             self.free.append(child.rows)
         if child.stop_with and (code == 0 or self.stopping or child.stop_with == signal.SIGKILL):
             return
@@ -3198,6 +3303,8 @@ def serve(config, start):
     """Bind, load, fork, wait: the server. Its exit code."""
     import json
     state = json.loads(os.environ.pop(RELOADED, '{"sockets": [], "workers": [], "pidfile": null, "again": false}'))
+    if config.log_date is not None:
+        log_date[:] = [config.log_date if '%' in config.log_date else '%a %b %d %H:%M:%S %Y']
     for name in 'NOTIFY_SOCKET', 'WATCHDOG_USEC':       # not for the application, and what it starts
         os.environ.pop(name, None)
     if config.daemonize and not state['workers']:
@@ -3207,7 +3314,7 @@ def serve(config, start):
     signals, owned = Signals(), []
     reloaded = ', reloaded' if state['workers'] else ''
     log(f"minuwsgi {__version__}, Python {sys.version.split()[0]}, pid {os.getpid()}{reloaded}")
-    application, stuck = None, False
+    application, stuck, hooks = None, False, offer_uwsgi_module(config)
     try:
         pidfile = config.pidfile and os.path.abspath(config.pidfile)        # before chdir, as in uWSGI
         prepare(config)
@@ -3240,7 +3347,7 @@ def serve(config, start):
     gc.freeze()                                         # the workers' collections leave the shared pages alone
     name_process(config, 'master')
     signals.from_now_on()
-    master = Master(config, owned, application, pidfile, start, signals)
+    master = Master(config, owned, application, pidfile, start, signals, hooks)
     master.stuck, master.reload_wanted = stuck, state['again']
     master.adopt(state['workers'])
     return master.run()
@@ -3301,6 +3408,7 @@ def main(arguments):
         if config.errors:
             raise ConfigError('\n'.join(config.errors))
         if config.check:
+            offer_uwsgi_module(config)
             prepare(config)
             return EXIT_NO_APP if load_or_log(config) is None else 0
         return serve(config, start)

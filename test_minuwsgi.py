@@ -1433,6 +1433,88 @@ class TestSeeing:
             r'\(1 switches on core 0\)', server.wait_for('pid: '))
 
 
+    @pytest.mark.parametrize('ini, line', [
+        ('log-format = %(method) %(uri) %(status) %(rsize) %(var.HTTP_HOST) %(user) %(nothing) 100%',
+         r'GET /a 200 6 localhost - - 100%'),
+        ('log-x-forwarded-for = true', r'\\] 10\\.9\\.8\\.7 \\(\\)'), ('log-date = %%Y', r'^\\d{4} - listening on')])
+    def test_the_log_has_the_wanted_form(self, start, ini, line):
+        server = start(ini=ini, ready=False)
+        server.wait_for('ready: ')
+        server.ask('/a', HTTP_X_FORWARDED_FOR='10.9.8.7')
+        server.wait_for(line.replace('\\\\', '\\'))
+
+    @pytest.mark.parametrize('option, path, logged', [
+        ('log-4xx', 'status?404', True), ('log-4xx', 'hello', False), ('log-5xx', 'status?503', True),
+        ('log-zero', 'empty', True), ('log-big = 5', 'hello', True), ('log-slow = 1000', 'hello', False)])
+    def test_without_a_request_log_what_matters_can_still_be_logged(self, start, option, path, logged):
+        server = start(APPS, f'disable-logging = true\n{option}')
+        server.ask(path)
+        server.stop()
+        assert ('pid: ' in server.log) is logged
+
+    def test_a_log_of_requests_alone(self, start, tmp):
+        server = start(ini='req-logger = file:requests')
+        server.ask('/a')
+        wait_until(lambda: 'GET /a' in (tmp / 'requests').read_text(), 'the line')
+        assert 'GET /a' not in server.log
+
+
+class TestInside:
+    """What an application finds that was written for uWSGI."""
+
+    def test_the_uwsgi_module(self, start):
+        server = start("""
+            import os, uwsgi
+            from uwsgidecorators import postfork
+            forked = []
+            @postfork
+            def after():
+                forked.append(os.getpid())
+            def application(e, s):
+                s('200 OK', [])
+                if e['PATH_INFO'] == '/reload':
+                    uwsgi.reload()
+                uwsgi.log('hello from inside')
+                return [repr((uwsgi.worker_id(), uwsgi.masterpid(), uwsgi.numproc, uwsgi.opt['processes'],
+                              [w['id'] for w in uwsgi.workers()], forked == [os.getpid()])).encode()]
+            """, 'processes = 2')
+        number, master, processes, option, workers, forked = eval(server.ask().body)
+        assert number in (1, 2) and (master, processes, option) == (server.pid, 2, b'2')
+        assert sorted(workers) == [1, 2] and forked
+        server.wait_for('hello from inside')
+        server.ask('/reload')
+        server.wait_for('^ready', 2)
+
+    def test_a_user_harakiri_breaks_off_one_request(self, start):
+        server = start("""
+            import time, uwsgi
+            def application(e, s):
+                uwsgi.set_user_harakiri(1)
+                time.sleep(100)
+            """)
+        server.tracebacks_expected = True
+        assert server.ask().status == '504 Gateway Timeout'
+
+    def test_threads_and_connections_made_before_the_fork_are_named(self, start):
+        server = start(HELLO + """
+import socket, threading
+listener = socket.create_server(('127.0.0.1', 0))
+connection = socket.create_connection(listener.getsockname())
+threading.Thread(target=threading.Event().wait, name='poller', daemon=True).start()
+""")
+        assert "the thread 'poller'" in server.log and 'opened a connection to (' in server.log
+
+    def test_changed_code_reloads_by_itself(self, start, tmp):
+        server = start(ini='py-autoreload = 1')
+        (tmp / 'app.py').write_text(HELLO.replace('hello', 'other'))
+        server.wait_for('^ready', 2)
+        assert server.ask().body == b'other\n'
+
+    def test_idle_with_die_on_idle_ends_the_server(self, start):
+        server = start(ini='idle = 1\ndie-on-idle = true')
+        assert server.wait() == 0
+
+
 class TestDaemon:
     """In the background, with a log that follows logrotate, as another user."""
 
