@@ -3,6 +3,7 @@
 TODO map
 """
 import collections
+import contextlib
 import errno
 import gc
 import io
@@ -12,6 +13,8 @@ import os
 import select
 import signal
 import socket
+import stat
+import struct
 import sys
 import time
 
@@ -115,6 +118,43 @@ OPTIONS = (
     ('gid', word, None, 'group to become'),
     ('pidfile', filename, None, "write the master's pid here"),
     ('daemonize -d', filename, None, 'go to the background, log to this file'),
+    ('harakiri', number, 0, 'seconds that a request may take (0: any)'),
+    ('max-requests', number, 0, 'replace a worker after so many requests'),
+    ('max-requests-delta', number, 0, ''),
+    ('max-worker-lifetime', number, 0, ''),
+    ('max-worker-lifetime-delta', number, 0, ''),
+    ('reload-on-rss', number, 0, ''),
+    ('reload-on-as', number, 0, ''),
+    ('cheaper', number, 0, ''),
+    ('cheaper-initial', number, 0, ''),
+    ('cheaper-step', number, 1, ''),
+    ('cheaper-overload', number, 3, ''),
+    ('cheaper-algo', word, 'spare', ''),
+    ('idle', number, 0, ''),
+    ('die-on-idle', flag, False, ''),
+    ('touch-reload', filename, (), ''),
+    ('touch-chain-reload', filename, (), ''),
+    ('py-autoreload', number, 0, ''),
+    ('log-reopen', flag, False, ''),
+    ('log-maxsize', number, 0, ''),
+    ('log-backupname', filename, None, ''),
+    ('log-date', anything, None, ''),
+    ('log-format', anything, None, ''),
+    ('log-4xx', flag, False, ''),
+    ('log-5xx', flag, False, ''),
+    ('log-slow', number, 0, ''),
+    ('log-zero', flag, False, ''),
+    ('log-big', number, 0, ''),
+    ('log-x-forwarded-for', flag, False, ''),
+    ('logger', anything, (), ''),
+    ('req-logger', anything, (), ''),
+    ('auto-procname', flag, False, ''),
+    ('procname', word, None, ''),
+    ('procname-master', word, None, ''),
+    ('procname-prefix', word, '', ''),
+    ('procname-prefix-spaced', word, '', ''),
+    ('stats', word, None, ''),
+    ('stats-http', flag, False, ''),
     ('logto', filename, None, 'log to this file'),
     ('disable-logging -L', flag, False, 'no log line for each request'),
     'Configuration',
@@ -514,7 +554,11 @@ def load_config(arguments):
         if name.startswith('UWSGI_') and fate(name[6:].lower().replace('_', '-'))[0] == 'used':
             settings.add(name[6:].lower().replace('_', '-'), value, f'environment {name}')
     command_line(arguments, settings)
-    return Config(settings)
+    config = Config(settings)
+    config.logto = config.daemonize or config.logto
+    if config.logto:
+        config.logto = os.path.abspath(config.logto)    # before chdir, as in uWSGI
+    return config
 
 
 def usage():
@@ -546,9 +590,13 @@ EXIT_CONFIG = 1                         # a mistake in the configuration, an add
 EXIT_NO_APP = 22                        # the application can't be loaded; uWSGI's number
 
 
+log_date = []                           # of the option log-date: the format of strftime(), or nothing
+
+
 def log(message):
+    date = time.strftime(log_date[0]) + ' - ' if log_date else ''
     try:
-        os.write(2, f'{message}\n'.encode('utf-8', 'backslashreplace'))
+        os.write(2, f'{date}{message}\n'.encode('utf-8', 'backslashreplace'))
     except OSError:
         pass
 
@@ -562,12 +610,36 @@ def log_exception(message):
 def open_log(name):
     """Let the descriptors 1 and 2 write to the end of a file."""
     try:
-        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o640)
     except OSError as error:
         raise ConfigError(f"can't write the log {name}: {error.strerror}") from None
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
+
+
+def mtime(name):
+    try:
+        return os.stat(name).st_mtime_ns
+    except OSError:
+        return None
+
+
+def reopen_log(config):
+    """Follow the log's name to a new file, after somebody (logrotate) moved the old one."""
+    if config.logto:
+        try:
+            if not os.path.exists(config.logto) or not os.path.samestat(os.stat(config.logto), os.fstat(2)):
+                open_log(config.logto)
+        except (ConfigError, OSError) as error:         # the old file goes on
+            log(f'log: {error}')
+
+
+def rotate_log(config):
+    """log-maxsize: move the log away when it is too large."""
+    if config.logto and os.fstat(2).st_size > config.log_maxsize:
+        os.rename(config.logto, config.log_backupname or f'{config.logto}.{int(time.time())}')
+        reopen_log(config)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -597,11 +669,11 @@ class Listener:
     protocol: 'uwsgi' or 'http'.  fd: an inherited descriptor, which isn't bound again."""
 
     def __init__(self, address, protocol, config, fd=None, inode=None):
-        self.address, self.protocol, self.inode = address, protocol, inode
+        self.address, self.protocol, self.inode = address, protocol, inode and tuple(inode)
         for prefix in ('unix://', 'unix:'):
             if address.startswith(prefix):
                 address = address[len(prefix):]
-        if address.startswith('fd://'):
+        if fd is None and address.startswith('fd://'):
             fd = int(address[5:])
         self.path = None if ':' in address or address[:1] == '@' else os.path.abspath(address)
         self.name = address
@@ -635,8 +707,8 @@ class Listener:
             self.socket.bind(self.path)
         finally:
             os.umask(before)
-        stat = os.stat(self.path)
-        self.inode = stat.st_dev, stat.st_ino
+        status = os.stat(self.path)
+        self.inode = status.st_dev, status.st_ino
         if config.chown_socket or config.uid or config.gid:
             os.chown(self.path, *owner(config.chown_socket or f'{config.uid or ""}:{config.gid or ""}'))
 
@@ -657,8 +729,8 @@ class Listener:
     def vacuum(self):
         """Remove the socket's file if it is still the one that was bound here."""
         try:
-            stat = os.stat(self.path)
-            if (stat.st_dev, stat.st_ino) == self.inode:
+            status = os.stat(self.path)
+            if (status.st_dev, status.st_ino) == self.inode:
                 os.unlink(self.path)
         except (OSError, TypeError):
             pass
@@ -666,7 +738,6 @@ class Listener:
 
 def remove_stale_socket(path):
     """Make way for bind(): remove a socket that nobody listens on, and nothing else."""
-    import stat
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -1153,7 +1224,6 @@ class FileWrapper:
 
     def descriptor(self):
         """(descriptor, offset, bytes from there) of a regular file, else None."""
-        import stat
         try:
             fd, offset = self.file.fileno(), self.file.tell()
             status = os.fstat(fd)
@@ -1549,7 +1619,7 @@ class Offloader:
 # which is why the master repeats it.
 
 # A row of the scoreboard, one for each core, in shared memory: the last packet, then these numbers.
-PID, READY, STARTED, REQUESTS, ERRORS, BYTES, BUSY, LEAVING = range(8)
+PID, NUMBER, READY, STARTED, REQUESTS, ERRORS, BUSY, LEAVING = range(8)
 NUMBERS = PACKET_MAX + 8 - PACKET_MAX % 8
 ROW_SIZE = NUMBERS + 8 * 8
 
@@ -1578,6 +1648,13 @@ class Row:
 
     def clear(self):
         self.numbers[:] = memoryview(bytes(64)).cast('d')
+
+    def as_worker(self):
+        """For uwsgi.workers()."""
+        requests, busy = int(self.numbers[REQUESTS]), int(self.numbers[BUSY] * 1e6)
+        return {'id': int(self.numbers[NUMBER]), 'pid': int(self.numbers[PID]), 'requests': requests,
+                'exceptions': int(self.numbers[ERRORS]), 'status': b'busy' if self.numbers[STARTED] else b'idle',
+                'running_time': busy, 'avg_rt': busy // requests if requests else 0}
 
 
 class Connection:
@@ -1656,9 +1733,9 @@ class Core:
         preadv, write, close, clock, nowait = os.preadv, os.write, os.close, time.monotonic, NOWAIT
         memory, packet, numbers = self.row.memory, [self.row.packet], self.row.numbers
         response, application, expected = self.response, self.application, self.expected
-        start_response, logging = response.start_response, not self.config.disable_logging
+        start_response, logging = response.start_response, self.worker.logging
         start, start_end, started_environ, started_pieces, new_environ, all_pieces, planned = expected.plan
-        nothing, took, requests = self.template, 0.0, 0
+        nothing, took, requests, limit = self.template, 0.0, int(numbers[REQUESTS]), self.worker.limit
         while True:
             try:
                 fd, _ = accept()
@@ -1741,6 +1818,8 @@ class Core:
                 self.log_request(environ, variables, memory[1] + (memory[2] << 8), took)
             response.sent = False
             numbers[STARTED] = 0.0
+            if requests >= limit:
+                limit = self.worker.check_limits(requests)
 
     # -- what is rare
 
@@ -1799,7 +1878,9 @@ class Core:
         else:
             status, why = '500 Internal Server Error', ''
             log_exception(f'{self.row.request()}: the application failed')
-        if isinstance(error, (SystemExit, KeyboardInterrupt)):
+        if isinstance(error, Harakiri):
+            status = '504 Gateway Timeout'
+        elif isinstance(error, (SystemExit, KeyboardInterrupt)):
             self.worker.leave('the application called sys.exit()')
         if response.sent:
             response.cut('the response was begun')
@@ -1828,28 +1909,62 @@ class Core:
             done(fd, ending != 'cut')
 
     def log_request(self, environ, variables, size, took):
-        """A line in uWSGI's format."""
+        """A line in uWSGI's format, byte for byte, or in that of log-format."""
         self.tell_time()
-        response, get, total = self.response, environ.get, self.worker.total
+        config, response, get, total = self.config, self.response, environ.get, self.worker.total
         total[0] += 1
-        status, head, headers = response.status or '500', response.head, len(response.headers)
+        status, head, headers = (response.status or '500')[:3], response.head, len(response.headers)
         if not response.sent:
             head, headers = b'', 0
-        line = (f"[pid: {self.pid}|app: 0|req: {int(self.row.numbers[REQUESTS])}/{total[0]}] {get('REMOTE_ADDR', '')} "
-                f"({get('REMOTE_USER', '')}) {{{2 * variables} vars in {size} bytes}} [{self.date}] "
-                f"{get('REQUEST_METHOD', '')} {get('REQUEST_URI', '')} => generated {response.size} bytes in "
-                f"{int(took * 1000)} msecs ({get('SERVER_PROTOCOL', '')} {status[:3]}) {headers} headers in "
-                f"{len(head)} bytes (1 switches on core {self.number})\n")
+        if config.disable_logging and not (
+                config.log_4xx and status[0] == '4' or config.log_5xx and status[0] == '5'
+                or config.log_slow and took * 1000 >= config.log_slow or config.log_zero and not response.size
+                or config.log_big and response.size >= config.log_big):
+            return
+        address = get('REMOTE_ADDR', '')
+        if config.log_x_forwarded_for:
+            address = get('HTTP_X_FORWARDED_FOR', address)
+        if config.log_format:
+            line = self.formatted(environ, status, took, address, {
+                'headers': headers, 'hsize': len(head), 'size': len(head) + response.size, 'vars': 2 * variables,
+                'pktsize': size})
+        else:
+            line = (f"[pid: {self.pid}|app: 0|req: {int(self.row.numbers[REQUESTS])}/{total[0]}] {address} "
+                    f"({get('REMOTE_USER', '')}) {{{2 * variables} vars in {size} bytes}} [{self.date}] "
+                    f"{get('REQUEST_METHOD', '')} {get('REQUEST_URI', '')} => generated {response.size} bytes in "
+                    f"{int(took * 1000)} msecs ({get('SERVER_PROTOCOL', '')} {status}) {headers} headers in "
+                    f"{len(head)} bytes (1 switches on core {self.number})\n")
         try:
-            os.write(2, line.encode('latin-1', 'replace'))
+            os.write(self.worker.log_fd, line.encode('latin-1', 'backslashreplace'))
         except OSError:
             pass
+
+    def formatted(self, environ, status, took, address, values):
+        """The line of log-format: %(name) of uWSGI's names, %(var.NAME) of the environ; '-' for what isn't there."""
+        now = time.time()
+        zone = time.strftime('%z', time.localtime(now))
+        values.update({
+            'uri': environ.get('REQUEST_URI'), 'method': environ.get('REQUEST_METHOD'), 'user': environ.get('REMOTE_USER'),
+            'addr': address, 'host': environ.get('HTTP_HOST'), 'proto': environ.get('SERVER_PROTOCOL'),
+            'uagent': environ.get('HTTP_USER_AGENT'), 'referer': environ.get('HTTP_REFERER'), 'status': status,
+            'rsize': self.response.size, 'cl': environ.get('CONTENT_LENGTH') or 0, 'micros': int(took * 1e6),
+            'msecs': int(took * 1e3), 'secs': f'{took:.6f}', 'tmsecs': int((now - took) * 1e3),
+            'tmicros': int((now - took) * 1e6), 'time': int(now - took), 'epoch': int(now), 'ctime': self.date,
+            'ltime': time.strftime('%d/%b/%Y:%H:%M:%S ', time.localtime(now)) + zone,
+            'ftime': time.strftime('%d/%b/%Y:%H:%M:%S ', time.localtime(now)) + zone, 'pid': self.pid,
+            'wid': self.worker.number, 'core': self.number, 'switches': 1, 'modifier1': 0, 'modifier2': 0})
+
+        def fill(name):
+            value = environ.get(name[4:]) if name[:4] == 'var.' else values.get(name)
+            return '-' if value in (None, '') else str(value).replace('\n', '\\n')
+        return substitute('%(', self.config.log_format, fill) + '\n'
 
     def tell_time(self):
         """Bring the texts of the time up to date; strftime() would heed the locale."""
         now = time.time()
         if int(now) != self.second:
             self.second, self.date = int(now), time.ctime(now)
+            reopen_log(self.config)                     # logrotate may have moved it
             utc = time.asctime(time.gmtime(now))
             day = utc[8:10].replace(' ', '0')
             self.response.date = f'Date: {utc[:3]}, {day} {utc[4:7]} {utc[20:]} {utc[11:19]} GMT\r\n'.encode()
@@ -1962,11 +2077,17 @@ class Core:
         self.requests += 1
         numbers[REQUESTS] = self.requests
         numbers[BUSY] += took
-        if not self.config.disable_logging:
+        if self.worker.logging:
             self.log_request(environ, len(environ) - len(connection.environ), max(end, 0) + 4, took)
         response.sent, response.size, response.end, response.http = False, 0, '\r\n', False
         numbers[STARTED] = 0.0
+        if self.requests >= self.worker.limit:
+            self.worker.check_limits(self.requests)
         return clear and keep
+
+
+class Harakiri(BaseException):
+    """Breaks a request off that took longer than the option harakiri allows."""
 
 
 class Worker:
@@ -1983,6 +2104,19 @@ class Worker:
         self.offloaders = [Offloader() for _ in range(max(1, config.offload_threads))]
         self.poll = self.stop_read = None
         self.swept = 0.0
+        self.logging = not config.disable_logging or any((
+            config.log_4xx, config.log_5xx, config.log_slow, config.log_zero, config.log_big))
+        self.log_fd = 2
+        for target in config.req_logger:
+            if 'file:' in target:
+                self.log_fd = os.open(target.partition('file:')[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+                                      | os.O_CLOEXEC, 0o640)
+        self.limit = self.most = math.inf               # requests until check_limits(), until we leave
+        if config.max_requests:                         # not all workers at the same time
+            delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
+            self.limit = self.most = config.max_requests + delta
+        if config.reload_on_rss or config.reload_on_as:
+            self.limit = 0
 
     @property
     def offloader(self):
@@ -1993,8 +2127,6 @@ class Worker:
         """Serve until told to stop."""
         self.dead_end, other_end = os.pipe()
         os.close(other_end)
-        for number in signal.SIGTERM, signal.SIGHUP, signal.SIGIO:
-            signal.signal(number, self.on_stop)
         cores = [Core(self, i) for i in range(self.config.threads)]
         listener, *others = self.listeners.values()
         if others or len(cores) > 1 or listener.protocol != 'uwsgi':
@@ -2007,6 +2139,8 @@ class Worker:
             import threading
             threads.append(threading.Thread(target=core.serve, args=(core.wait,), daemon=True))
             threads[-1].start()
+        if self.config.py_autoreload and self.number == 1 and self.master:
+            self.watch_modules()
         self.tell_master(READY)
         cores[0].serve(accept)
         if self.waiting is not None:
@@ -2016,14 +2150,50 @@ class Worker:
         for offloader in self.offloaders:
             offloader.finish()
 
-    def on_other_signal(self, number, _):
-        """INT comes from a terminal to the whole group: the master decides. USR1: the log has a new file."""
-        if number == signal.SIGUSR1 and self.config.logto:
-            open_log(self.config.logto)
-        elif number == signal.SIGUSR2:
-            import faulthandler
-            log(f"worker {self.number}: {self.rows[0].request()}")
-            faulthandler.dump_traceback(2)
+    def handle_signals(self):
+        """INT comes from a terminal to the whole group, and the master decides: nothing is done. QUIT kills."""
+        import faulthandler
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGQUIT else lambda *_: None)
+        for number in signal.SIGTERM, signal.SIGHUP, signal.SIGIO:
+            signal.signal(number, self.on_stop)
+        signal.signal(signal.SIGUSR1, lambda *_: reopen_log(self.config))
+        signal.signal(signal.SIGUSR2, self.tell_state)
+        signal.signal(signal.SIGALRM, self.on_harakiri)
+        for number in signal.SIGUSR2, signal.SIGALRM:   # the stacks come first, and even if Python hangs in C
+            faulthandler.register(number, file=2, chain=True)
+
+    def watch_modules(self):
+        """py-autoreload: a thread of the first worker that asks for a reload when a module's file changes."""
+        def files():
+            return {name: mtime(file) for name, module in list(sys.modules.items())
+                    if (file := getattr(module, '__file__', None))}
+
+        def watch():
+            before = files()
+            while True:
+                time.sleep(self.config.py_autoreload)
+                now = files()
+                if any(before.get(name, time_) != time_ for name, time_ in now.items()):
+                    os.kill(self.master, signal.SIGHUP)
+                before = now
+        import threading
+        threading.Thread(target=watch, name='py-autoreload', daemon=True).start()
+
+    def tell_state(self, *_):
+        log(f'worker {self.number} (pid {os.getpid()}): '
+            + (', '.join(row.request() for row in self.rows if row.numbers[STARTED]) or 'idle'))
+
+    def on_harakiri(self, *_):
+        """The request takes too long. With one thread it is broken off; then, or a second later by SIGKILL,
+        the worker is replaced: after an exception at an arbitrary place its state can't be trusted."""
+        row = self.rows[0]
+        if row.numbers[STARTED]:
+            log(f'harakiri: worker {self.number} (pid {os.getpid()}) at {row.request()} for '
+                f'{(time.monotonic() - row.numbers[STARTED]) * 1000:.0f} ms, its Python stack is above')
+            if len(self.rows) == 1:
+                self.leave('harakiri')
+                raise Harakiri
 
     def on_stop(self, number, _):
         """SIGTERM: everything ends, serve what waits. SIGHUP, SIGIO (the master died): others serve it."""
@@ -2051,6 +2221,9 @@ class Worker:
             time.sleep(0.1)
         elif error.errno == errno.EAGAIN:               # workers with several sockets made it non-blocking
             select.select(list(self.listeners), [], [])
+        elif error.errno != errno.ECONNABORTED:
+            log(f'worker {self.number}: accept: {error.strerror}; did the application close the socket?')
+            return True
         return False
 
     def tell_master(self, what):
@@ -2066,6 +2239,20 @@ class Worker:
             self.tell_master(LEAVING)
             if not self.master:
                 self.on_stop(signal.SIGTERM, None)
+
+    def check_limits(self, requests):
+        """Between requests: is it time for a successor? How many requests until the next look."""
+        config = self.config
+        if requests >= self.most:
+            self.leave(f'max-requests, it has answered {requests}')
+        elif config.reload_on_rss or config.reload_on_as:
+            with open('/proc/self/statm') as file:
+                size, rss = [int(pages) * mmap.PAGESIZE >> 20 for pages in file.read().split()[:2]]
+            for name, most, is_now in ('rss', config.reload_on_rss, rss), ('as', config.reload_on_as, size):
+                if most and is_now >= most:
+                    self.leave(f'reload-on-{name} = {most}, it has {is_now} MB after {self.rows[0].request()}')
+            self.limit = requests + 1
+        return self.limit if not self.rows[0].numbers[LEAVING] else math.inf
 
     # -- HTTP connections; with threads, an event is for one thread only (EPOLLONESHOT)
 
@@ -2220,7 +2407,7 @@ def find_callable(module, attribute, spec):
     except AttributeError:
         there = [n for n in ('application', 'app', 'create_app') if hasattr(module, n)]
         hint = f'; it has {there[0]!r}: set callable = {there[0]}' if there else ''
-        raise AppError(f'{spec} has no {name!r}{hint}') from None
+        raise AppError(f'{spec.partition(":")[0]} has no {name!r}{hint}') from None
     return found() if name != attribute else found
 
 
@@ -2243,6 +2430,265 @@ def mounted(mounts, default, manage):
     return application
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
+           signal.SIGCHLD)
+
+
+class Stopped(BaseException):
+    """A signal that ends the server came while it was still starting."""
+
+
+class Signals:
+    """The master's signals, as bytes in a pipe."""
+
+    def __init__(self):
+        self.fd, self.write = os.pipe()
+        os.set_blocking(self.fd, False)
+        os.set_blocking(self.write, False)
+        signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, self.while_starting)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # they are blocked over the exec of a reload
+
+    def while_starting(self, number, _):
+        if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            raise Stopped
+
+    def from_now_on(self):
+        """The application is loaded: nothing is interrupted any more."""
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+
+    def read(self):
+        return os.read(self.fd, 4096)
+
+    def close(self):
+        signal.set_wakeup_fd(-1)
+        os.close(self.fd)
+        os.close(self.write)
+
+
+class Notify:
+    """Tells systemd how the server is, see sd_notify(3); only the master does."""
+
+    def __init__(self):
+        self.address = os.environ.get('NOTIFY_SOCKET', '')
+        self.watchdog = self.address and int(os.environ.get('WATCHDOG_USEC', '0')) / 2e6
+        self.last = 0.0
+
+    def __call__(self, text):
+        if self.address:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
+                try:
+                    connection.sendto(text.encode(), self.address.replace('@', '\0', 1))
+                except OSError as error:
+                    log(f'NOTIFY_SOCKET: {error.strerror}')
+
+    def watch(self):
+        if self.watchdog and time.monotonic() - self.last >= self.watchdog - 0.5:
+            self.last = time.monotonic()
+            self('WATCHDOG=1')
+
+
+def oom_kills():
+    """How many processes the kernel has killed for want of memory, see proc(5)."""
+    try:
+        with open('/proc/vmstat') as file:
+            return next((int(line.split()[1]) for line in file if line.startswith('oom_kill ')), 0)
+    except OSError:
+        return 0
+
+
+def queue(listener):
+    """(connections that wait, how many may) of a listening socket: tcp(7) TCP_INFO, sock_diag(7)."""
+    try:
+        if listener.socket.family != socket.AF_UNIX:
+            info = listener.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+            return struct.unpack_from('=II', info, 24)          # tcpi_unacked, tcpi_sacked
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as netlink:       # NETLINK_SOCK_DIAG
+            inode = os.fstat(listener.socket.fileno()).st_ino
+            netlink.setblocking(False)
+            netlink.send(struct.pack('=IHHIIBBHIIIII', 40, 20, 1, 0, 0, socket.AF_UNIX, 0, 0, 1 << 10, inode,
+                                     0x10, 0xffffffff, 0xffffffff))                 # UDIAG_SHOW_RQLEN
+            answer = netlink.recv(4096)
+        size, kind = struct.unpack_from('=HH', answer, 32)      # behind nlmsghdr and unix_diag_msg
+        return struct.unpack_from('=II', answer, 36) if kind == 4 else (0, 0)       # UNIX_DIAG_RQLEN
+    except (OSError, AttributeError, struct.error):
+        return 0, 0
+
+
+def name_process(config, role):
+    """The name in ps and top (15 characters of it), see proc(5) on /proc/pid/comm."""
+    if not (config.auto_procname or config.procname or config.procname_prefix or config.procname_prefix_spaced):
+        return
+    prefix = config.procname_prefix or config.procname_prefix_spaced and config.procname_prefix_spaced + ' '
+    name = config.procname_master if role == 'master' and config.procname_master else config.procname
+    try:
+        with open('/proc/self/comm', 'w') as file:
+            file.write((prefix or '') + (name or f'uWSGI {role}'))
+    except OSError:
+        pass                                            # not Linux, or after setuid()
+
+
+def look_before_fork():
+    """Warn of what an application did while it was loaded and that doesn't survive, or bear, a fork."""
+    threading = sys.modules.get('threading')
+    for thread in threading.enumerate() if threading else ():
+        if thread is not threading.main_thread():
+            log(f'warning: the application started the thread {thread.name!r} while it was loaded: workers do not have '
+                'it. Start it in each worker (os.register_at_fork(after_in_child=...)), or set lazy-apps = true')
+    for fd in range(3, 256):
+        try:
+            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(fd)) as connection:
+                peer = connection.getpeername()
+        except OSError:                                 # there is no such descriptor, or it isn't connected
+            continue
+        log(f'warning: the application opened a connection to {peer} while it was loaded: all workers would share it. '
+            'Close it in each worker (os.register_at_fork(after_in_child=...)), or set lazy-apps = true')
+
+
+class Stats:
+    """The state of the server for uwsgitop and others: one JSON document for each connection, or with
+    stats-http GET / (JSON), /metrics (Prometheus) and /health. The master answers, so that it does
+    even when all workers are busy. No variables of requests are in it."""
+
+    def __init__(self, master):
+        self.master, self.asking = master, {}           # descriptor -> socket of a client that asks over HTTP
+        self.listener = Listener(master.config.stats, 'stats', master.config)
+        self.listener.socket.setblocking(False)
+
+    def descriptors(self):
+        return [self.listener.socket.fileno(), *self.asking]
+
+    def vacuum(self):
+        self.listener.vacuum()
+
+    def close(self):
+        self.listener.socket.close()
+
+    def serve(self, fd):
+        """Something can be read from one of our descriptors."""
+        try:
+            if fd == self.listener.socket.fileno():
+                client, _ = self.listener.socket.accept()
+                client.setblocking(False)
+                if self.master.config.stats_http:
+                    self.asking[client.fileno()] = client
+                    if len(self.asking) > 64:           # silent ones make way
+                        self.asking.pop(next(iter(self.asking))).close()
+                    return
+                answer = self.json()
+            else:
+                client = self.asking.pop(fd)
+                path = client.recv(4096).split(b' ')[1:2]
+                answer = self.over_http(path[0].decode('latin-1') if path else '')
+            with client:
+                client.send(answer)
+        except OSError:
+            pass
+
+    def over_http(self, path):
+        status, kind, body = '200 OK', 'application/json', b''
+        if path == '/health':
+            status, kind, body = self.health()
+        elif path == '/metrics':
+            kind, body = 'text/plain; version=0.0.4', self.metrics()
+        else:
+            body = self.json()
+        return (f'HTTP/1.0 {status}\r\nConnection: close\r\nAccess-Control-Allow-Origin: *\r\n'
+                f'Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n').encode() + body
+
+    def health(self):
+        """Is there a worker that is idle, or got its request not long ago?"""
+        now, limit = time.monotonic(), self.master.config.harakiri or 30
+        workers = [child for child in self.master.children.values() if child.is_ready()]
+        busy = [child for child in workers if len(child.busy()) == self.master.config.threads
+                and all(now - row.numbers[STARTED] > limit for row in child.busy())]
+        if workers and len(busy) < len(workers):
+            return '200 OK', 'text/plain', b'ok\n'
+        return '503 Service Unavailable', 'text/plain', f'all {len(workers)} workers are busy for > {limit} s\n'.encode()
+
+    def worker(self, child):
+        numbers = [row.numbers for row in child.rows or ()]
+        total = {name: sum(row[i] for row in numbers) for name, i in
+                 (('requests', REQUESTS), ('errors', ERRORS), ('busy', BUSY))}
+        try:
+            with open(f'/proc/{child.pid}/statm') as file:
+                vsz, rss = [int(pages) * mmap.PAGESIZE for pages in file.read().split()[:2]]
+        except OSError:
+            vsz = rss = 0
+        requests = int(total['requests'])
+        status = 'busy' if child.busy() else 'idle'
+        return {'id': child.number, 'pid': child.pid, 'accepting': int(child.is_ready() and not child.stop_with),
+                'requests': requests, 'delta_requests': requests, 'exceptions': int(total['errors']), 'harakiri_count': 0,
+                'signals': 0, 'signal_queue': 0, 'status': status, 'rss': rss, 'vsz': vsz,
+                'running_time': int(total['busy'] * 1e6), 'last_spawn': int(time.time() - time.monotonic() + child.born),
+                'respawn_count': 1, 'tx': 0,
+                'avg_rt': int(total['busy'] * 1e6 / requests) if requests else 0,
+                'apps': [{'id': 0, 'modifier1': 0, 'mountpoint': '', 'startup_time': 0, 'requests': requests,
+                          'exceptions': int(total['errors']), 'chdir': ''}],
+                'cores': [{'id': i, 'requests': int(row[REQUESTS]), 'static_requests': 0, 'routed_requests': 0,
+                           'offloaded_requests': 0, 'write_errors': 0, 'read_errors': 0, 'in_request': int(row[STARTED] > 0),
+                           'vars': [], 'req_info': {}} for i, row in enumerate(numbers)]}
+
+    def json(self):
+        import json
+        queues = [queue(listener) for listener in self.master.listeners]
+        return json.dumps({
+            'version': __version__, 'listen_queue': sum(waiting for waiting, _ in queues), 'listen_queue_errors': 0,
+            'signal_queue': 0, 'load': sum(waiting for waiting, _ in queues), 'pid': os.getpid(), 'uid': os.getuid(),
+            'gid': os.getgid(), 'cwd': os.getcwd(), 'locks': [],
+            'sockets': [{'name': listener.name, 'proto': listener.protocol, 'queue': waiting, 'max_queue': most, 'shared': 0,
+                         'can_offload': 1} for listener, (waiting, most) in zip(self.master.listeners, queues)],
+            'workers': [self.worker(child) for child in sorted(self.master.children.values(), key=lambda c: c.number)],
+        }, indent='\t').encode()
+
+    def metrics(self):
+        lines = []
+        workers = [self.worker(child) for child in self.master.children.values()]
+        for name, kind, key in (('requests_total', 'counter', 'requests'), ('errors_total', 'counter', 'exceptions'),
+                                ('rss_bytes', 'gauge', 'rss'),
+                                ('busy', 'gauge', 'status')):
+            lines.append(f'# TYPE minuwsgi_worker_{name} {kind}')
+            lines += [f'minuwsgi_worker_{name}{{worker="{w["id"]}"}} {int(w[key] == "busy") if key == "status" else w[key]}'
+                      for w in workers]
+        lines.append('# TYPE minuwsgi_listen_queue gauge')
+        lines += [f'minuwsgi_listen_queue{{socket="{listener.name}"}} {queue(listener)[0]}' for listener in self.master.listeners]
+        lines += ['# TYPE minuwsgi_worker_deaths_total counter', f'minuwsgi_worker_deaths_total {self.master.deaths}', '']
+        return '\n'.join(lines).encode()
+
+
+notify = Notify()
+
+
+def offer_uwsgi_module(config):
+    """`import uwsgi` and `from uwsgidecorators import postfork`, for applications that have them in their
+    code: the part of uWSGI's Python module that makes sense here. A list, for become_worker(), of the
+    functions to call after the fork."""
+    import types
+    module, decorators, hooks = types.ModuleType('uwsgi'), types.ModuleType('uwsgidecorators'), []
+    master = os.getpid()
+    vars(module).update({
+        'version': __version__.encode(), 'version_info': tuple(map(int, __version__.split('.'))), 'worker': None,
+        'hostname': os.uname().nodename.encode(), 'numproc': config.processes, 'cores': config.threads,
+        'has_threads': True, 'started_on': int(time.time()), 'applications': {},
+        'opt': {setting.name: setting.value.encode() for setting in config.settings},
+        'masterpid': lambda: master if config.master else 0,
+        'worker_id': lambda: module.worker.number if module.worker else 0, 'mule_id': lambda: 0,
+        'request_id': lambda: int(module.worker.rows[0].numbers[REQUESTS]) + 1,
+        'total_requests': lambda: module.worker.total[0],
+        'workers': lambda: tuple(row.as_worker() for row in module.worker.all_rows if row.numbers[PID]),
+        'reload': lambda: os.kill(master, signal.SIGHUP) or True, 'stop': lambda: os.kill(master, signal.SIGTERM) or True,
+        'log': lambda message: log(message) or True, 'ready': lambda: True,
+        'set_user_harakiri': lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds) and None,
+        'setprocname': lambda name: None, 'accepting': lambda: None})
+    decorators.postfork = lambda function: hooks.append(function) or function
+    sys.modules.update(uwsgi=module, uwsgidecorators=decorators)
+    return hooks
+
+
 class Child:
     """A worker as the master sees it."""
 
@@ -2252,54 +2698,74 @@ class Child:
         self.old = rows is None                         # from before the reload: to be replaced
         self.kill_at = self.stop_at = math.inf          # deadlines: SIGKILL; repeat the stop
         self.stop_with = None                           # the signal that told it to stop
+        self.why_killed = ''
 
     def is_ready(self):
-        return self.rows is None or bool(self.rows[0].numbers[READY])
+        return self.old or bool(self.rows[0].numbers[READY])
 
     def must_go(self):
         return self.old or bool(self.rows[0].numbers[LEAVING])
 
-    def request(self, now):
-        """What it is doing: 'GET /path for 41 ms', or ''."""
-        busy = [row for row in self.rows or () if row.numbers[STARTED]]
-        return ', '.join(f'{row.request()} for {(now - row.numbers[STARTED]) * 1000:.0f} ms' for row in busy)
+    def busy(self):
+        """The rows of the cores that are serving."""
+        return [row for row in self.rows or () if row.numbers[STARTED]]
+
+    def doing(self, now):
+        """'GET /path for 41 ms', or '' when it is idle."""
+        return ', '.join(f'{row.request()} for {(now - row.numbers[STARTED]) * 1000:.0f} ms' for row in self.busy())
+
+    def answered(self):
+        return sum(int(row.numbers[REQUESTS]) for row in self.rows or ())
 
 
 class Master:
-    def __init__(self, config, listeners, application, pidfile, start):
-        self.config, self.listeners, self.application = config, listeners, application
-        self.pidfile, self.start = pidfile, start
+    """The process that owns the sockets, and keeps the workers that there should be."""
+
+    def __init__(self, config, listeners, application, pidfile, start, signals, hooks):
+        self.config, self.listeners, self.application, self.hooks = config, listeners, application, hooks
+        self.pidfile, self.start, self.signals = pidfile, start, signals
         self.children = {}                              # pid -> Child
-        self.free = [[Row() for _ in range(config.threads)] for _ in range(2 * config.processes + 2)]
+        self.all_rows = [[Row() for _ in range(config.threads)] for _ in range(2 * config.processes + 2)]
+        self.free = list(self.all_rows)
         self.total = memoryview(mmap.mmap(-1, 4096)).cast('Q')
+        self.wanted = config.processes                  # how many workers there should be now
+        if 0 < config.cheaper < config.processes:
+            self.wanted = min(max(config.cheaper, config.cheaper_initial), config.processes)
+        self.calm, self.last_busy = 0, time.monotonic()
         self.stopping = 0                               # how often we were told to
         self.proof = None                               # the pid of the child that tries a reload
-        self.reload_wanted = False
+        self.reload_wanted = self.stuck = False         # stuck: after a reload that failed half-way
         self.ever_ready = self.announced = False
         self.failures, self.not_before = 0, 0.0         # deaths in a row, and the end of the back-off
         self.exit_code = 0
+        self.deaths = 0
         self.oom_kills = oom_kills()
+        self.touched = [*config.touch_reload, *config.touch_chain_reload]
+        self.mtimes = list(map(mtime, self.touched))
+        self.tick = math.inf                            # when look_round() is due
+        if self.wanted < config.processes or self.touched or config.log_maxsize or config.idle or notify.watchdog:
+            self.tick = 0
+        self.stats = Stats(self) if config.stats else None
 
     def run(self):
-        self.signals, self.wake = os.pipe()
-        os.set_blocking(self.signals, False)
-        os.set_blocking(self.wake, False)
-        signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
-        for number in SIGNALS:
-            signal.signal(number, lambda *_: None)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        """Converge, sleep, and again; the exit code."""
         while True:
             self.converge()
             if self.stopping and not self.children:
                 break
             deadline = self.next_deadline()
             timeout = None if deadline == math.inf else max(0, deadline - time.monotonic())
-            if select.select([self.signals], [], [], timeout)[0]:
-                for number in os.read(self.signals, 4096):
+            wait = [self.signals.fd, *(self.stats.descriptors() if self.stats else ())]
+            for fd in select.select(wait, [], [], timeout)[0]:
+                if fd != self.signals.fd:
+                    self.stats.serve(fd)
+                    continue
+                for number in self.signals.read():
                     self.on_signal(number)
-        for owned in (*self.listeners, self.pidfile):
-            if self.config.vacuum and owned is not None:
-                owned.vacuum()
+        if self.config.vacuum:
+            for owned in (*self.listeners, self.pidfile, self.stats):
+                if owned is not None:
+                    owned.vacuum()
         return self.exit_code
 
     def on_signal(self, number):
@@ -2312,32 +2778,30 @@ class Master:
             self.stop()
         elif number == signal.SIGHUP and not self.stopping:
             self.reload_wanted = True
-        elif number == signal.SIGUSR1 and self.config.logto:
-            open_log(self.config.logto)
-            self.tell_all(signal.SIGUSR1)
-        elif number == signal.SIGUSR2:
-            self.tell_all(signal.SIGUSR2)
+        elif number in (signal.SIGUSR1, signal.SIGUSR2):
+            if number == signal.SIGUSR1:
+                reopen_log(self.config)
+            for pid in self.children:
+                os.kill(pid, number)
 
     def stop(self):
         self.stopping += 1
+        now = time.monotonic()
+        waited = [f'worker {c.number} busy with {c.doing(now)}' for c in self.children.values() if c.busy()]
         for child in self.children.values():
             if self.stopping > 1:
                 child.kill_at = 0
             else:
                 self.tell_to_stop(child, signal.SIGTERM)
-        now = time.monotonic()
-        waited = [f'worker {c.number} ({c.request(now)})' for c in self.children.values() if c.request(now)]
-        log('stopping' + (' at once' if self.stopping > 1 else f", waiting for {', '.join(waited)}" if waited else ''))
-
-    def tell_all(self, number):
-        for pid in self.children:
-            os.kill(pid, number)
+        log('stopping at once' if self.stopping > 1 else 'stopping' + ''.join(f'; {text}' for text in waited))
+        notify('STOPPING=1')
 
     def tell_to_stop(self, child, number):
         """Ask a worker to end; repeat it, since the first may come just before its accept()."""
         now = time.monotonic()
-        if child.stop_with is None:
+        if child.kill_at == math.inf:
             child.kill_at = now + self.config.worker_reload_mercy
+            child.why_killed = f'it had {self.config.worker_reload_mercy} s to finish'
         child.stop_with, child.stop_at = number, now + 0.1
         try:
             os.kill(child.pid, number)
@@ -2349,30 +2813,101 @@ class Master:
     def converge(self):
         self.reap()
         now = time.monotonic()
-        for child in self.children.values():
-            if now >= child.kill_at:
-                if self.stopping < 2:
-                    log(f'worker {child.number} (pid {child.pid}) had {self.config.worker_reload_mercy} s to finish: '
-                        f'killed{child.request(now) and " at "}{child.request(now)}')
-                child.kill_at = now + 1
-                os.kill(child.pid, signal.SIGKILL)
-            elif now >= child.stop_at:
-                self.tell_to_stop(child, child.stop_with)
-        if self.stopping:
+        self.keep_deadlines(now)
+        if self.stopping or self.stuck and not self.reload_wanted:
             return
+        if now >= self.tick:
+            self.look_round(now)
         self.replace_workers(now)
-        if self.reload_wanted and self.proof is None and not any(child.old for child in self.children.values()):
+        if self.reload_wanted and self.proof is None and (self.stuck or not any(
+                child.old and not child.stop_with for child in self.children.values())):
             self.try_reload()
         serving = [child for child in self.children.values() if not child.stop_with]
         if not self.announced and serving and all(child.is_ready() and not child.old for child in serving):
             self.announced = True
-            log(f"ready: {'1 worker' if self.config.processes == 1 else f'{self.config.processes} workers'}"
-                + (f' with {self.config.threads} threads' if self.config.threads > 1 else ''))
+            many = '1 worker' if len(serving) == 1 else f'{len(serving)} workers'
+            log(f'ready: {many}' + (f' with {self.config.threads} threads each' if self.config.threads > 1 else ''))
+            notify(f'READY=1\nSTATUS=ready, {many}')
+            self.start.tell_parent()
+
+    def keep_deadlines(self, now):
+        """What is overdue: a worker that was told to stop, a request beyond harakiri."""
+        for child in self.children.values():
+            if now >= child.kill_at:
+                doing = child.doing(now)
+                log(f'worker {child.number} (pid {child.pid}) is killed: {child.why_killed or "stopping at once"}'
+                    + (f', at {doing}' if doing else ''))
+                child.kill_at = now + 1
+                child.stop_with = child.stop_with or signal.SIGKILL
+                os.kill(child.pid, signal.SIGKILL)
+            elif now >= child.stop_at:
+                self.tell_to_stop(child, child.stop_with)
+            elif self.config.harakiri and child.kill_at == math.inf:
+                since = min((row.numbers[STARTED] for row in child.busy()), default=math.inf)
+                if now >= since + self.config.harakiri:         # it has a second to tell where it is
+                    os.kill(child.pid, signal.SIGALRM)
+                    child.kill_at, child.why_killed = now + 1, f'harakiri = {self.config.harakiri}'
+            lifetime = self.config.max_worker_lifetime
+            if lifetime and child.rows and now >= self.end_of_life(child) and not child.must_go():
+                log(f'worker {child.number} (pid {child.pid}) leaves: max-worker-lifetime')
+                child.rows[0].numbers[LEAVING] = 1
+
+    def end_of_life(self, child):
+        config = self.config
+        return child.born + config.max_worker_lifetime + (child.number - 1) * config.max_worker_lifetime_delta
+
+    def next_deadline(self):
+        now = time.monotonic()
+        deadlines = [self.tick] if not self.stopping else []
+        for child in self.children.values():
+            deadlines += child.kill_at, child.stop_at
+            if self.config.harakiri and child.kill_at == math.inf:      # no request can be overdue before that
+                deadlines.append(min((row.numbers[STARTED] for row in child.busy()), default=now) + self.config.harakiri)
+            if self.config.max_worker_lifetime and child.rows and not child.must_go():
+                deadlines.append(self.end_of_life(child))
+        if now < self.not_before and not self.stopping:
+            deadlines.append(self.not_before)
+        return min(deadlines, default=math.inf)
+
+    def look_round(self, now):
+        """Every half second, if an option needs it: the load, touched files, the log's size."""
+        self.tick = now + 0.5
+        mtimes = list(map(mtime, self.touched))
+        if mtimes != self.mtimes:
+            self.mtimes, self.reload_wanted = mtimes, True
+        if self.config.log_maxsize:
+            rotate_log(self.config)
+        notify.watch()
+        serving = [child for child in self.children.values() if not child.stop_with and child.is_ready()]
+        busy = sum(len(child.busy()) == self.config.threads for child in serving)
+        if busy:
+            self.last_busy = now
+        if 0 < self.config.cheaper < self.config.processes and len(serving) >= self.wanted:
+            self.scale(busy, len(serving))
+        if self.config.idle and self.config.die_on_idle and now - self.last_busy > self.config.idle:
+            log(f'idle for {self.config.idle} s')
+            self.stop()
+
+    def scale(self, busy, there):
+        """cheaper: one step more when all workers are busy or requests wait, one less after calm seconds."""
+        waiting = sum(queue(listener)[0] for listener in self.listeners)
+        loaded = waiting > self.config.cheaper_overload if self.config.cheaper_algo == 'backlog' else busy == there
+        before = self.wanted
+        if loaded or waiting and busy == there:
+            self.calm, self.wanted = 0, min(self.config.processes, self.wanted + self.config.cheaper_step)
+        elif busy + 1 < there:
+            self.calm += 1
+            if self.calm > 2 * self.config.cheaper_overload:
+                self.calm, self.wanted = 0, max(self.config.cheaper, self.wanted - 1)
+        if self.wanted != before:
+            log(f'cheaper: {busy} of {there} workers are busy, {waiting} connections wait: {self.wanted} workers')
 
     def replace_workers(self, now):
         """Spawn what is missing, and one after the other a successor for each worker that must go."""
+        if self.stuck:
+            return
         starting = any(not child.is_ready() for child in self.children.values())
-        for number in range(1, self.config.processes + 1):
+        for number in range(1, self.wanted + 1):
             mine = [child for child in self.children.values() if child.number == number and not child.stop_with]
             fresh = [child for child in mine if not child.must_go()]
             stale = [child for child in mine if child.must_go()]
@@ -2382,14 +2917,9 @@ class Master:
             elif fresh and fresh[0].is_ready():
                 for child in stale:
                     self.tell_to_stop(child, signal.SIGHUP)
-        for child in self.children.values():            # the new configuration has fewer workers
-            if child.number > self.config.processes and not child.stop_with and not starting:
+        for child in self.children.values():
+            if child.number > self.wanted and not child.stop_with and not starting:
                 self.tell_to_stop(child, signal.SIGHUP)
-
-    def next_deadline(self):
-        deadlines = [min(child.kill_at, child.stop_at) for child in self.children.values()]
-        missing = self.not_before > time.monotonic() and not self.stopping
-        return min(deadlines + [self.not_before] * missing, default=math.inf)
 
     def spawn(self, number):
         """fork(), and all that belongs to it. The signals are blocked meanwhile: a signal to the young
@@ -2398,9 +2928,10 @@ class Master:
         for row in rows:
             row.clear()
         lifeline, hold = os.pipe()
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         master = os.getpid()
-        sys.stdout.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        for stream in sys.stdout, sys.stderr:
+            stream.flush()
         pid = os.fork()
         if pid:
             os.close(lifeline)
@@ -2411,6 +2942,8 @@ class Master:
         try:
             os.close(hold)
             status = self.become_worker(number, rows, lifeline, master)
+        except SystemExit as error:
+            status = error.code if type(error.code) is int else 1
         except BaseException:
             log_exception(f'worker {number} failed')
         finally:
@@ -2419,13 +2952,18 @@ class Master:
     def become_worker(self, number, rows, lifeline, master):
         """In the child: let go of what is the master's, load the application if it wasn't, serve."""
         import fcntl
-        signal.set_wakeup_fd(-1)
-        for fd in (self.signals, self.wake, *(child.lifeline for child in self.children.values())):
+        self.signals.close()
+        for fd in (child.lifeline for child in self.children.values()):
             os.close(fd)
+        for owned in self.pidfile, self.stats:
+            if owned is not None:
+                owned.close()
+        name_process(self.config, f'worker {number}')
         worker = Worker(self.config, self.listeners, self.application, rows, self.total, number, master)
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGQUIT else worker.on_other_signal)
-        signal.signal(signal.SIGIO, worker.on_stop)
+        worker.all_rows = [rows[0] for rows in self.all_rows]
+        rows[0].numbers[PID], rows[0].numbers[NUMBER] = os.getpid(), number
+        sys.modules['uwsgi'].worker = worker
+        worker.handle_signals()
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -2435,15 +2973,17 @@ class Master:
             worker.application = load_or_log(self.config)
             if worker.application is None:
                 return EXIT_NO_APP
+        for hook in self.hooks:
+            hook()
         worker.run()
         finish_process()
         return 0
 
     def reap(self):
-        """Take note of all children that ended."""
+        """Take note of all children that ended; as pid 1 of a container there are strangers among them."""
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
                 return
             if not pid:
@@ -2452,26 +2992,28 @@ class Master:
             if pid == self.proof:
                 self.after_proof(code)
             elif pid in self.children:
-                self.bury(self.children.pop(pid), code)
+                self.bury(self.children.pop(pid), code, usage.ru_maxrss // 1024)
 
-    def bury(self, child, code):
+    def bury(self, child, code, rss):
         """A worker ended: say why if nobody asked it to, and slow down if that comes again and again."""
         now = time.monotonic()
         os.close(child.lifeline)
-        self.ever_ready = self.ever_ready or child.is_ready()
-        request, idle = child.request(now), child.rows is not None and not child.rows[0].numbers[REQUESTS]
+        ready, doing, answered = child.is_ready(), child.doing(now), child.answered()
+        self.ever_ready = self.ever_ready or ready
         if child.rows is not None:
+            child.rows[0].numbers[PID] = 0
             self.free.append(child.rows)
-        if child.stop_with:
+        if child.stop_with and (code == 0 or self.stopping or child.stop_with == signal.SIGKILL):
             return
-        if code == EXIT_NO_APP and not self.ever_ready:
-            self.exit_code, self.stopping = code, 2
+        if code == EXIT_NO_APP and not self.ever_ready and not any(other.old for other in self.children.values()):
+            self.exit_code, self.stopping = code, 2     # no use in trying again; a supervisor must see it
             for other in self.children.values():
                 other.kill_at = 0
             return
+        self.deaths += 1
         log(f'worker {child.number} (pid {child.pid}) died: {self.describe_exit(code)}'
-            + (f', at {request}' if request else ', while idle'))
-        self.failures = self.failures + 1 if idle and not request else 0
+            + (f', at {doing}' if doing else ', while idle' if ready else ', before it was ready') + f', peak rss {rss} MB')
+        self.failures = 0 if answered or doing else self.failures + 1
         if self.failures:
             delay = min(30, 0.5 * 2 ** (self.failures - 1))
             self.not_before = now + delay
@@ -2483,7 +3025,8 @@ class Master:
         kills = oom_kills()
         memory = code == -signal.SIGKILL and kills > self.oom_kills
         self.oom_kills = kills
-        return f"{signal.Signals(-code).name}{', by the OOM killer of the kernel: memory is short' if memory else ''}"
+        name = signal.Signals(-code).name
+        return f"{name}, {'by the OOM killer of the kernel: memory is short' if memory else 'not sent by us'}"
 
     # -- reload
 
@@ -2491,10 +3034,10 @@ class Master:
         """First the proof: a child does what --check does."""
         self.reload_wanted = False
         log('reload: trying the new configuration and application')
-        self.start.restore()
-        self.proof = os.posix_spawn(sys.executable, [*self.start.command, '--check'], self.start.environment,
-                                    setsigmask=(), setsigdef=SIGNALS)
-        self.start.back()
+        notify(f'RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}\nSTATUS=reloading')
+        with self.start.as_then():
+            self.proof = os.posix_spawn(sys.executable, [*self.start.command, '--check'], self.start.environment,
+                                        setsigmask=(), setsigdef=SIGNALS)
 
     def after_proof(self, code):
         self.proof = None
@@ -2502,17 +3045,19 @@ class Master:
             return
         if code:
             log('reload: failed, see above; the old code goes on serving')
+            notify('READY=1\nSTATUS=the last reload failed, the old code is serving')
             return
+        import json
         state = {'sockets': [(listener.address, listener.protocol, listener.socket.fileno(), listener.inode)
                              for listener in self.listeners],
                  'workers': [(child.pid, child.number, child.lifeline) for child in self.children.values()],
-                 'pidfile': self.pidfile and self.pidfile.fd}
-        import json
+                 'pidfile': self.pidfile and self.pidfile.fd, 'again': self.reload_wanted}
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
-        for fd in [entry[2] for entry in state['sockets'] + state['workers']] + [state['pidfile']] * bool(self.pidfile):
-            os.set_inheritable(fd, True)
-        self.start.restore()
-        os.execve(sys.executable, self.start.command, {**self.start.environment, RELOADED: json.dumps(state)})
+        for fd in (*(entry[2] for entry in state['sockets'] + state['workers']), state['pidfile']):
+            if fd is not None:
+                os.set_inheritable(fd, True)
+        with self.start.as_then():
+            os.execve(sys.executable, self.start.command, {**self.start.environment, RELOADED: json.dumps(state)})
 
     def adopt(self, workers):
         """After the exec: the workers of the old image are still our children."""
@@ -2521,28 +3066,15 @@ class Master:
             self.children[pid] = Child(pid, number, None, lifeline)
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
-           signal.SIGCHLD)
-
-
-def oom_kills():
-    """How many processes the kernel has killed for want of memory, see proc(5)."""
-    try:
-        with open('/proc/vmstat') as file:
-            return next((int(line.split()[1]) for line in file if line.startswith('oom_kill ')), 0)
-    except OSError:
-        return 0
-
-
 def load_or_log(config):
     """The application, or None after its traceback was logged."""
     try:
         return load_application(config)
     except AppError as error:
         log(f'minuwsgi: {error}')
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
+    except Stopped:
+        raise
+    except BaseException:
         log_exception('minuwsgi: the application failed to load')
     return None
 
@@ -2587,14 +3119,43 @@ class Start:
         before = original[1:-len(sys.argv)] if original else []
         self.command = [sys.executable, *before, os.path.abspath(sys.argv[0]), *arguments]
         self.directory = os.open('.', os.O_RDONLY)
+        self.parent = None
 
-    def restore(self):
-        self.here = os.open('.', os.O_RDONLY)
+    @contextlib.contextmanager
+    def as_then(self):
+        """In the directory where it was started."""
+        here = os.open('.', os.O_RDONLY)
         os.fchdir(self.directory)
+        yield
+        os.fchdir(here)
+        os.close(here)
 
-    def back(self):
-        os.fchdir(self.here)
-        os.close(self.here)
+    def daemonize(self, name):
+        """Go on in the background. The process in front waits until the workers are ready; if they never
+        are, it shows the log and ends with the server's exit code."""
+        wait, self.parent = os.pipe()
+        at = os.path.getsize(name) if os.path.exists(name) else 0
+        pid = os.fork()
+        if not pid:
+            os.close(wait)
+            os.setsid()
+            os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+            open_log(name)
+            return
+        os.close(self.parent)
+        if os.read(wait, 1):
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with contextlib.suppress(OSError), open(name, 'rb') as file:
+            file.seek(at)
+            os.write(2, file.read())
+        os._exit(code if code > 0 else 1)
+
+    def tell_parent(self):
+        if self.parent is not None:
+            os.write(self.parent, b'.')
+            os.close(self.parent)
+            self.parent = None
 
 
 def curl(address, path='/'):
@@ -2652,21 +3213,35 @@ def enter_virtualenv(directory):
     os.execv(python, [python, os.path.abspath(sys.argv[0]), *sys.argv[1:]])
 
 
-def bind(config, inherited):
-    """All listeners; inherited: [(address, protocol, descriptor, inode)] from before a reload."""
+def activated():
+    """{address: descriptor} of the sockets that systemd has bound for us, see sd_listen_fds(3)."""
+    found = {}
+    if os.environ.get('LISTEN_PID') == str(os.getpid()):
+        for fd in range(3, 3 + int(os.environ.get('LISTEN_FDS', '0'))):
+            with socket.socket(fileno=os.dup(fd)) as listener:
+                name = listener.getsockname()
+            found[name if type(name) is str else '%s:%d' % name[:2]] = fd
+    return found
+
+
+def bind(config, inherited, listeners):
+    """Fill the list of listeners; inherited: [(address, protocol, descriptor, inode)] from before a reload."""
     kept = {(address, protocol): (fd, inode) for address, protocol, fd, inode in inherited}
-    listeners = []
+    given = activated()
     wanted = [(a, 'uwsgi') for a in config.socket] + [(a, 'http') for a in config.http_socket]
     for address, protocol in dict.fromkeys(wanted):
-        fd, inode = kept.pop((address, protocol), (None, None))
-        listeners.append(Listener(address, protocol, config, fd, tuple(inode) if inode else None))
+        name = '0.0.0.0' + address if address[:1] == ':' else address
+        fd, inode = kept.pop((address, protocol), None) or (given.pop(name, None), None)
+        listeners.append(Listener(address, protocol, config, fd, inode))
+    for fd in given.values():                           # named by systemd alone
+        fd, _ = kept.pop((f'fd://{fd}', 'uwsgi'), (fd, None))
+        listeners.append(Listener(f'fd://{fd}', 'uwsgi', config, fd))
     for (address, protocol), (fd, inode) in kept.items():           # the new configuration has it no more
-        Listener(address, protocol, config, fd, tuple(inode) if inode else None).vacuum()
+        Listener(address, protocol, config, fd, inode).vacuum()
     if config.listen > LISTEN_MAX:
         log(f'listen = {config.listen}: the kernel allows {LISTEN_MAX}; for more: sysctl net.core.somaxconn={config.listen}')
     if not listeners:
         raise ConfigError('no socket is named: set socket = PATH or http-socket = :8000')
-    return listeners
 
 
 class Pidfile:
@@ -2686,6 +3261,9 @@ class Pidfile:
             raise ConfigError(f"pidfile = {path}: can't write it: {error.strerror}") from None
         os.ftruncate(self.fd, 0)
         os.pwrite(self.fd, b'%d\n' % os.getpid(), 0)
+
+    def close(self):
+        os.close(self.fd)
 
     def vacuum(self):
         try:
@@ -2723,38 +3301,89 @@ def drop_privileges(config):
 def serve(config, start):
     """Bind, load, fork, wait: the server. Its exit code."""
     import json
-    inherited = json.loads(os.environ.pop(RELOADED, '{"sockets": [], "workers": [], "pidfile": null}'))
-    pidfile = config.pidfile and os.path.abspath(config.pidfile)        # before chdir, as in uWSGI
-    log(f"minuwsgi {__version__}, Python {sys.version.split()[0]}, pid {os.getpid()}{', reloaded' * bool(inherited['workers'])}")
-    prepare(config)
-    listeners = bind(config, inherited['sockets'])
-    pidfile = Pidfile(pidfile, inherited['pidfile']) if pidfile else None
-    log('listening on ' + ', '.join(f'{listener.name} ({listener.protocol})' for listener in listeners))
-    drop_privileges(config)
-    application = None
-    if not config.lazy_apps or not config.master:
-        application = load_or_log(config)
-        if application is None:
-            return EXIT_NO_APP
+    state = json.loads(os.environ.pop(RELOADED, '{"sockets": [], "workers": [], "pidfile": null, "again": false}'))
+    if config.log_date is not None:
+        log_date[:] = [config.log_date if '%' in config.log_date else '%a %b %d %H:%M:%S %Y']
+    for name in 'NOTIFY_SOCKET', 'WATCHDOG_USEC':       # not for the application, and what it starts
+        os.environ.pop(name, None)
+    if config.daemonize and not state['workers']:
+        start.daemonize(config.logto)
+    elif config.logto:
+        open_log(config.logto)
+    signals, owned = Signals(), []
+    reloaded = ', reloaded' if state['workers'] else ''
+    log(f"minuwsgi {__version__}, Python {sys.version.split()[0]}, pid {os.getpid()}{reloaded}")
+    application, stuck, hooks = None, False, offer_uwsgi_module(config)
+    try:
+        pidfile = config.pidfile and os.path.abspath(config.pidfile)        # before chdir, as in uWSGI
+        prepare(config)
+        bind(config, state['sockets'], owned)
+        pidfile = Pidfile(pidfile, state['pidfile']) if pidfile else None
+        log('listening on ' + ', '.join(f'{listener.name} ({listener.protocol})' for listener in owned))
+        drop_privileges(config)
+        if not config.lazy_apps or not config.master:
+            application = load_or_log(config)
+            stuck = application is None
+    except ConfigError as error:
+        if not reloaded:
+            vacuum(config, owned)
+            raise
+        log(f'minuwsgi: {error}')
+        pidfile, stuck = None, True
+    except Stopped:
+        log('stopped while starting')
+        vacuum(config, owned)
+        return 0
+    if stuck and not reloaded:
+        vacuum(config, owned)
+        return EXIT_NO_APP
+    if stuck:
+        log('reload: failed, see above; the old workers go on serving, none can be replaced until the next reload')
     if not config.master:
-        return serve_alone(config, listeners, application)
+        return serve_alone(config, owned, application)
+    look_before_fork()
     gc.collect()
     gc.freeze()                                         # the workers' collections leave the shared pages alone
-    master = Master(config, listeners, application, pidfile, start)
-    master.adopt(inherited['workers'])
+    name_process(config, 'master')
+    signals.from_now_on()
+    master = Master(config, owned, application, pidfile, start, signals, hooks)
+    master.stuck, master.reload_wanted = stuck, state['again']
+    master.adopt(state['workers'])
     return master.run()
+
+
+def vacuum(config, listeners):
+    for listener in listeners if config.vacuum else ():
+        listener.vacuum()
 
 
 def serve_alone(config, listeners, application):
     """Without a master: this process is the worker."""
     rows = [Row() for _ in range(config.threads)]
     worker = Worker(config, listeners, application, rows, memoryview(bytearray(8)).cast('Q'), 1, None)
+    worker.handle_signals()
     signal.signal(signal.SIGINT, worker.on_stop)
+    log('ready: this process serves, without a master')
     worker.run()
-    for listener in listeners:
-        if config.vacuum:
-            listener.vacuum()
+    finish_process()
+    vacuum(config, listeners)
     return 0
+
+
+def send_signal(what, name=''):
+    """--stop, --reload PIDFILE."""
+    import fcntl
+    try:
+        with open(name) as file:
+            pid = int(file.read())
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.kill(pid, signal.SIGTERM if what == '--stop' else signal.SIGHUP)
+                return 0
+    except (OSError, ValueError) as error:
+        raise ConfigError(f'{what} {name}: {getattr(error, "strerror", None) or "there is no pid in it"}') from None
+    raise ConfigError(f'{what} {name}: the server with the pid {pid} does not run any more')
 
 
 def main(arguments):
@@ -2769,6 +3398,8 @@ def main(arguments):
         if arguments[0] == '--curl':
             curl(*arguments[1:3])
             return 0
+        if arguments[0] in ('--stop', '--reload'):
+            return send_signal(*arguments[:2])
         start = Start(arguments)
         config = load_config(arguments)
         for warning in config.warnings:
@@ -2776,6 +3407,7 @@ def main(arguments):
         if config.errors:
             raise ConfigError('\n'.join(config.errors))
         if config.check:
+            offer_uwsgi_module(config)
             prepare(config)
             return EXIT_NO_APP if load_or_log(config) is None else 0
         return serve(config, start)

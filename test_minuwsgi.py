@@ -43,7 +43,7 @@ MINUWSGI = HERE / 'minuwsgi.py'
 sys.path.insert(0, str(HERE))
 import minuwsgi                                                             # noqa: E402
 
-PATIENCE = 20                           # seconds after which an event that doesn't come is a failure
+PATIENCE = float(os.environ.get('MINUWSGI_PATIENCE', 20))     # seconds after which an event that doesn't come is a failure
 
 HELLO = '''
 def application(environ, start_response):
@@ -936,6 +936,679 @@ class TestOffload:
             assert server.ask('hello').body == b'hello\n'
             data += read_all(slow)
         assert data.partition(b'\r\n\r\n')[2] == big_file.read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------
+# 9. and 10. Worker and master
+
+SLOW = APPS + """
+def slow(e, s):
+    fifo = e['QUERY_STRING']
+    s('200 OK', [])
+    return [open(fifo, 'rb').read() + b' by %d' % os.getpid()]
+def spin(e, s):
+    while True: pass
+def deaf(e, s):
+    while True:
+        try:
+            import time; time.sleep(100)
+        except BaseException: pass
+def crash(e, s):
+    os.kill(os.getpid(), int(e['QUERY_STRING']))
+def leave(e, s):
+    os._exit(7)
+def close_all(e, s):
+    os.closerange(3, 20); return hello(e, s)
+def eat(e, s):
+    globals().setdefault('eaten', []).append(b'x' * 30000000); return hello(e, s)
+"""
+
+
+class Held:
+    """A request that runs until release() is called: the application reads from a fifo."""
+
+    def __init__(self, server, tmp, name='fifo'):
+        self.fifo = tmp / name
+        os.mkfifo(self.fifo)
+        self.connection = connect(server.socket)
+        self.connection.sendall(packet('slow', QUERY_STRING=str(self.fifo)))
+        self.writer = open(self.fifo, 'wb')             # waits until the application has opened it
+
+    def release(self):
+        self.writer.write(b'done')
+        self.writer.close()
+        with self.connection:
+            return Answer(read_all(self.connection))
+
+
+class Load:
+    """Clients that ask all the time, each on new connections; failures are what didn't go as it should."""
+
+    def __init__(self, server, path='hello', clients=4):
+        self.server, self.path, self.answered, self.failures, self.bodies = server, path, 0, [], set()
+        self.running = True
+        self.threads = [threading.Thread(target=self.ask, daemon=True) for _ in range(clients)]
+        for thread in self.threads:
+            thread.start()
+
+    def ask(self):
+        while self.running:
+            try:
+                answer = self.server.ask(self.path)
+            except OSError as error:
+                self.failures.append(repr(error))
+            else:
+                self.answered += 1
+                self.bodies.add(answer.body)
+                if answer.status != '200 OK':
+                    self.failures.append(answer.raw)
+
+    def more(self, requests):
+        """Wait for so many more answers."""
+        goal = self.answered + requests
+        wait_until(lambda: self.answered >= goal or self.failures, f'{requests} more answers')
+
+    def end(self):
+        self.running = False
+        for thread in self.threads:
+            thread.join(PATIENCE)
+        return self.failures
+
+
+class TestProcesses:
+    """A worker that ends is replaced, with a line that says why; the others don't notice."""
+
+    def test_the_application_is_loaded_once_and_the_workers_share_it(self, start):
+        server = start('import os\nloaded_in = os.getpid()\n' + APPS.replace("b'%d' % os.getpid()", "b'%d' % loaded_in"),
+                       'processes = 3')
+        assert len(server.workers()) == 3
+        assert server.ask('pid').body == b'%d' % server.pid
+
+    def test_lazy_apps_are_loaded_in_each_worker(self, start):
+        server = start('import os\nloaded_in = os.getpid()\n' + APPS.replace("b'%d' % os.getpid()", "b'%d' % loaded_in"),
+                       'processes = 2\nlazy-apps = true')
+        assert int(server.ask('pid').body) in server.workers()
+
+    @pytest.mark.parametrize('path, query, words', [
+        ('crash', str(int(signal.SIGKILL)), 'SIGKILL, not sent by us, at GET crash'),
+        ('crash', str(int(signal.SIGSEGV)), 'SIGSEGV, not sent by us, at GET crash'),
+        ('crash', str(int(signal.SIGABRT)), 'SIGABRT'), ('leave', '', 'exit status 7, at GET leave')])
+    def test_a_worker_that_dies_is_replaced_and_its_request_named(self, start, path, query, words):
+        server = start(SLOW)
+        before = server.workers()
+        assert server.ask(path, QUERY_STRING=query).raw == b''
+        line = server.wait_for('died')
+        assert words in line and 'peak rss' in line and f'pid {before[0]}' in line
+        assert server.ask('hello').body == b'hello\n'
+        assert server.workers() != before
+
+    def test_fifty_kills_under_load_lose_only_the_requests_at_hand(self, start):
+        server = start(SLOW, 'processes = 2\ndisable-logging = true')
+        load = Load(server)
+        for i in range(50):
+            load.more(5) if not load.failures else None
+            victims = wait_until(server.workers, 'a worker')
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victims[i % len(victims)], signal.SIGKILL)
+            server.wait_for('died', i + 1)
+            load.failures[:], lost = [], len(load.failures)
+            assert lost <= 2
+        load.more(20)
+        load.end()
+
+    def test_an_idle_death_is_followed_by_a_pause_that_grows(self, start):
+        server = start()
+        os.kill(server.workers()[0], signal.SIGKILL)
+        server.wait_for('a new one comes in 0.5 s')
+        assert server.ask().body == b'hello\n'
+
+    def test_an_application_that_cannot_be_loaded_ends_the_start(self, tmp):
+        (tmp / 'bad.py').write_text('import nothing_of_that_name')
+        for lazy in (), ('--lazy-apps',):
+            code, output = run(tmp, '--socket', 's', '--vacuum', '--module', 'bad', *lazy)
+            assert code == 22 and "No module named 'nothing_of_that_name'" in output
+        assert not (tmp / 's').exists()
+
+    @pytest.mark.parametrize('arguments, words', [
+        (['--module', 'nowhere'], "there is no module 'nowhere'"), (['--module', 'os:nothing'], "os has no 'nothing'"),
+        (['--wsgi-file', 'none.py'], 'there is no file'), ([], 'no application is named'),
+        (['--module', 'minuwsgi'], "minuwsgi has no 'application'")])
+    def test_a_missing_application_is_told_in_words(self, tmp, arguments, words):
+        code, output = run(tmp, '--socket', 's', *arguments)
+        assert code == 22 and words in output and 'Traceback' not in output
+
+    def test_without_a_master_one_process_serves(self, start):
+        server = start(APPS, 'master = false')
+        assert int(server.ask('pid').body) == server.pid and server.workers() == []
+        assert server.stop() == 0
+
+    def test_threads_serve_at_the_same_time(self, start, tmp):
+        server = start(SLOW, 'threads = 3')
+        held = [Held(server, tmp, f'fifo{i}') for i in range(2)]
+        assert server.ask('hello').body == b'hello\n'
+        assert eval(server.ask('environ').body)['wsgi.multithread'] == 'True'
+        assert len({answer.release().body for answer in held}) == 1
+
+    def test_kill_9_of_the_master_ends_the_workers_at_once(self, start, tmp):
+        server = start(SLOW, 'processes = 3')
+        workers = server.workers()
+        held = Held(server, tmp)
+        server.kill(signal.SIGKILL)
+        server.process.wait(PATIENCE)
+        wait_until(lambda: sum(os.path.exists(f'/proc/{pid}') for pid in workers) == 1, 'the end of the idle workers')
+        assert held.release().body.startswith(b'done by')
+        wait_until(lambda: not any(os.path.exists(f'/proc/{pid}') for pid in workers), 'the end of the last worker')
+
+    def test_what_the_application_starts_inherits_nothing(self, start):
+        server = start("""
+            import subprocess
+            def application(e, s):
+                s('200 OK', [])
+                return [subprocess.run(['ls', '-l', '/proc/self/fd'], capture_output=True, close_fds=False).stdout]
+            """, 'processes = 2', http=True)
+        listing = server.ask().text
+        assert listing.count('->') <= 4 and 'socket' not in listing
+
+    def test_an_application_that_closes_our_descriptors_is_survived(self, start):
+        server = start(SLOW, 'processes = 2')
+        server.tracebacks_expected = True
+        for _ in range(3):
+            server.ask('close_all')
+        wait_until(lambda: server.ask('hello').body == b'hello\n', 'an answer')
+
+    def test_as_pid_1_strangers_are_buried(self, start, tmp):
+        if os.getuid() or not shutil.which('unshare'):
+            pytest.skip('unshare of util-linux, as root, is not there')
+        (tmp / 'app.py').write_text(HELLO + 'import os\nif not os.fork():\n    if os.fork(): os._exit(0)\n    os._exit(0)\n')
+        server = Server(tmp, [])
+        server.wait()
+        process = subprocess.Popen(['unshare', '--pid', '--fork', '--kill-child', '--mount-proc', sys.executable,
+                                    str(MINUWSGI), '--socket', 's', '--module', 'app'], cwd=tmp, stderr=subprocess.PIPE)
+        try:
+            for line in process.stderr:
+                if line.startswith(b'ready'):
+                    break
+            assert ask(str(tmp / 's')).body == b'hello\n'
+            inside = children(process.pid)[0]
+            os.kill(inside, signal.SIGTERM)
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+            process.wait()
+            process.stderr.close()
+
+
+class TestStop:
+    """A stop loses nothing that was accepted or waits, and says what it waits for."""
+
+    @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+    def test_the_request_at_hand_is_finished(self, start, tmp, number):
+        server = start(SLOW, 'vacuum = true')
+        held = Held(server, tmp)
+        server.kill(number)
+        assert 'worker 1 busy with GET slow' in server.wait_for('stopping')
+        assert held.release().body.startswith(b'done')
+        assert server.wait() == 0 and not os.path.exists(server.socket)
+
+    def test_those_who_wait_in_the_queue_are_served(self, start, tmp):
+        server = start(SLOW)
+        held = Held(server, tmp)
+        waiting = [connect(server.socket) for _ in range(5)]
+        for connection in waiting:
+            connection.sendall(packet('hello'))
+        server.kill(signal.SIGTERM)
+        server.wait_for('stopping')
+        held.release()
+        for connection in waiting:
+            with connection:
+                assert Answer(read_all(connection)).body == b'hello\n'
+        assert server.wait() == 0
+
+    @pytest.mark.parametrize('numbers', [(signal.SIGQUIT,), (signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
+    def test_quit_or_a_second_signal_stops_at_once(self, start, tmp, numbers):
+        server = start(SLOW, 'vacuum = true')
+        held = Held(server, tmp)
+        for i, number in enumerate(numbers):
+            server.kill(number)
+            if i + 1 < len(numbers):
+                server.wait_for('stopping')
+        assert server.wait() == 0 and not os.path.exists(server.socket)
+        held.writer.close()
+        held.connection.close()
+
+    def test_a_request_without_end_is_killed_after_the_mercy(self, start):
+        server = start(SLOW, 'worker-reload-mercy = 1')
+        with connect(server.socket) as connection:
+            connection.sendall(packet('deaf'))
+            wait_until(lambda: 'S' in pathlib.Path(f'/proc/{server.workers()[0]}/stat').read_text().split()[2], 'sleep')
+            server.kill(signal.SIGTERM)
+            assert 'had 1 s to finish' in server.wait_for('is killed')
+        assert server.wait() == 0
+
+    def test_term_during_the_import_stops(self, start, tmp):
+        os.mkfifo(tmp / 'fifo')
+        server = start('open("fifo").read()\n' + HELLO, 'vacuum = true', ready=False)
+        with open(tmp / 'fifo', 'w'):
+            server.kill(signal.SIGTERM)
+            assert server.wait() == 0
+        assert 'stopped while starting' in server.log and not os.path.exists(server.socket)
+
+    def test_atexit_and_other_threads_get_their_time(self, start, tmp):
+        os.mkfifo(tmp / 'fifo')
+        server = start(HELLO + """
+import atexit, os, threading
+atexit.register(lambda: open('atexit', 'w').write('done'))
+def linger():
+    open('fifo').read()
+    open('thread', 'w').write('done')
+os.register_at_fork(after_in_child=lambda: threading.Thread(target=linger).start())
+""")
+        server.kill(signal.SIGTERM)
+        server.wait_for('stopping')
+        with open(tmp / 'fifo', 'w'):
+            pass
+        assert server.wait() == 0
+        assert (tmp / 'thread').read_text() == (tmp / 'atexit').read_text() == 'done'
+
+    def test_stop_and_reload_by_pidfile(self, start, tmp):
+        server = start(ini='pidfile = p')
+        assert run(tmp, '--reload', 'p') == (0, '')
+        server.wait_for('^ready', 2)
+        assert run(tmp, 'app.ini', '--socket', 't')[0] == 1          # the pidfile is locked
+        assert run(tmp, '--stop', 'p') == (0, '')
+        assert server.wait() == 0
+        code, output = run(tmp, '--stop', 'p')
+        assert code == 1 and 'does not run any more' in output
+        assert run(tmp, '--stop', 'nothing')[0] == 1
+
+    def test_die_on_term_false_reloads(self, start):
+        server = start(ini='die-on-term = false')
+        server.kill(signal.SIGTERM)
+        server.wait_for('^ready', 2)
+        assert server.stop(signal.SIGINT) == 0
+
+
+class TestReload:
+    """A reload brings the new code and configuration, and nobody waits for it or is lost."""
+
+    @pytest.mark.parametrize('ini', ['processes = 2', 'processes = 2\nlazy-apps = true', 'processes = 2\nthreads = 3'])
+    def test_reloads_under_load_lose_no_request(self, start, tmp, ini):
+        server = start(APPS, ini + '\ndisable-logging = true')
+        load = Load(server)
+        for i in range(4):
+            load.more(50)
+            (tmp / 'app.py').write_text(APPS.replace("b'hello", f"b'hell{i}").replace("'6'", "'6'"))
+            server.kill(signal.SIGHUP)
+            server.wait_for('^ready', i + 2)
+        load.more(50)
+        assert load.end() == []
+        assert b'hell3\n' in load.bodies and server.ask('hello').body == b'hell3\n'
+
+    def test_the_pid_stays_and_new_options_count(self, start, tmp):
+        server = start(ini='processes = 1')
+        (tmp / 'app.ini').write_text('[uwsgi]\nmodule = app\nsocket = s\nsocket = t\nprocesses = 3\n')
+        server.kill(signal.SIGHUP)
+        server.wait_for('ready: 3 workers')
+        wait_until(lambda: len(server.workers()) == 3, 'three workers')
+        assert ask(str(tmp / 't')).body == b'hello\n'
+        (tmp / 'app.ini').write_text('[uwsgi]\nmodule = app\nsocket = t\nvacuum = true\n')
+        server.kill(signal.SIGHUP)
+        server.wait_for('ready: 1 worker', 2)
+        assert ask(str(tmp / 't')).body == b'hello\n' and not os.path.exists(server.socket)
+
+    @pytest.mark.parametrize('file, text, words', [
+        ('app.py', 'def application(', 'SyntaxError'), ('app.py', 'import nothing_there', 'nothing_there'),
+        ('app.ini', '[uwsgi]\nsocket = s\nmodule = app\nprocesses = many\n', 'a whole number'),
+        ('app.ini', '[uwsgi]\nsocket = s\nmodule = app\nchdir = /nowhere\n', '/nowhere')])
+    def test_a_broken_reload_leaves_the_old_code_serving(self, start, tmp, file, text, words):
+        server = start()
+        server.tracebacks_expected = True
+        workers = server.workers()
+        good = (tmp / file).read_text()
+        (tmp / file).write_text(text)
+        server.kill(signal.SIGHUP)
+        server.wait_for('the old code goes on serving')
+        assert words in server.log and server.ask().body == b'hello\n' and server.workers() == workers
+        (tmp / file).write_text(good)
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        assert server.ask().body == b'hello\n'
+
+    def test_an_address_taken_meanwhile_does_not_end_the_server(self, start, tmp):
+        """The proof can't bind; what goes wrong after the exec still leaves the old workers."""
+        server = start()
+        good = (tmp / 'app.ini').read_text()
+        with socket.socket() as other:
+            other.bind(('127.0.0.1', 0))
+            other.listen()
+            (tmp / 'app.ini').write_text(good + 'http-socket = 127.0.0.1:%d\n' % other.getsockname()[1])
+            server.kill(signal.SIGHUP)
+            server.wait_for('the old workers go on serving|the old code goes on serving')
+            assert server.ask().body == b'hello\n'
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        assert server.ask().body == b'hello\n'
+
+    def test_the_request_at_hand_is_finished_by_the_old_code(self, start, tmp):
+        server = start(SLOW, 'processes = 2')
+        held = Held(server, tmp)
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        assert server.ask('hello').body == b'hello\n'
+        assert held.release().body.startswith(b'done')
+
+    def test_a_reload_during_a_reload_comes_after_it(self, start):
+        server = start()
+        server.kill(signal.SIGHUP)
+        server.wait_for('reload: trying')
+        server.kill(signal.SIGHUP)
+        server.wait_for('reload: trying', 2)
+        server.wait_for('^ready', 2)
+        assert server.ask().body == b'hello\n'
+
+    def test_a_touched_file_reloads(self, start, tmp):
+        server = start(ini='touch-reload = touched')
+        (tmp / 'touched').write_text('')
+        server.wait_for('^ready', 2)
+        os.utime(tmp / 'touched', (1, 1))
+        server.wait_for('^ready', 3)
+
+
+class TestHarakiri:
+    """A request that takes too long is broken off, and the log says where it was."""
+
+    def test_the_client_gets_a_504_and_the_log_the_stack(self, start):
+        server = start(SLOW, 'harakiri = 1')
+        server.tracebacks_expected = True
+        before = server.workers()
+        assert server.ask('spin').status == '504 Gateway Timeout'
+        assert 'at GET spin for 1' in server.wait_for('harakiri: worker 1')
+        assert 'in spin' in server.log
+        wait_until(lambda: server.workers() != before, 'a new worker')
+        assert server.ask('hello').body == b'hello\n'
+
+    def test_who_does_not_listen_is_killed_a_second_later(self, start):
+        server = start(SLOW, 'harakiri = 1')
+        server.tracebacks_expected = True
+        assert server.ask('deaf').raw == b''
+        assert 'harakiri = 1, at GET deaf for 2' in server.wait_for('is killed')
+        assert server.ask('hello').body == b'hello\n'
+
+    def test_threads_do_not_reset_each_other(self, start):
+        server = start(SLOW, 'harakiri = 1\nthreads = 2')
+        server.tracebacks_expected = True
+        load = Load(server, clients=1)
+        assert server.ask('deaf').raw == b''
+        server.wait_for('is killed')
+        load.end()
+
+    def test_an_idle_server_does_not_wake_up(self, start):
+        server = start(ini='processes = 2\nharakiri = 60')
+        def switches():
+            return [line for pid in (server.pid, *server.workers()) for line in
+                    pathlib.Path(f'/proc/{pid}/status').read_text().splitlines() if line.startswith('voluntary')]
+        server.ask()
+        before = wait_until(lambda: (a := switches()) == (time.sleep(0.1), switches())[1] and a, 'rest')
+        select.select([], [], [], 2)
+        assert switches() == before
+
+
+class TestRecycling:
+    """A worker leaves between requests, and its successor is there first."""
+
+    def test_max_requests_loses_no_request(self, start):
+        server = start(APPS, 'processes = 2\nmax-requests = 20\ndisable-logging = true')
+        load = Load(server, 'pid')
+        server.wait_for('leaves: max-requests', 6)
+        assert load.end() == [] and len(load.bodies) > 4
+
+    def test_reload_on_rss_names_the_request(self, start):
+        server = start(SLOW, 'reload-on-rss = 60')
+        before = server.workers()
+        for _ in range(3):
+            assert server.ask('eat').body == b'hello\n'
+        assert 'after GET eat' in server.wait_for('leaves: reload-on-rss')
+        wait_until(lambda: server.workers() != before and len(server.workers()) == 1, 'a new worker')
+
+    def test_a_lifetime_ends(self, start):
+        server = start(APPS, 'max-worker-lifetime = 1')
+        before = server.ask('pid').body
+        server.wait_for('leaves: max-worker-lifetime')
+        wait_until(lambda: server.ask('pid').body != before, 'a new worker')
+
+
+class TestCheaper:
+    """The number of workers follows the load."""
+
+    def test_a_burst_brings_more_workers_and_calm_fewer(self, start, tmp):
+        server = start(SLOW, 'processes = 3\ncheaper = 1\ncheaper-overload = 1')
+        assert len(server.workers()) == 1
+        held = [Held(server, tmp)]
+        wait_until(lambda: len(server.workers()) == 2, 'a second worker')
+        held.append(Held(server, tmp, 'fifo2'))
+        wait_until(lambda: len(server.workers()) == 3, 'a third worker')
+        for request in held:
+            assert request.release().body.startswith(b'done')
+        wait_until(lambda: len(server.workers()) == 1, 'one worker')
+
+    def test_the_queue_of_a_unix_socket_and_of_tcp_is_seen(self, start, tmp):
+        port = free_port()
+        server = start(SLOW, f'socket = s\nsocket = 127.0.0.1:{port}\nprocesses = 1\nstats = stats')
+        held = Held(server, tmp)
+        with contextlib.ExitStack() as stack:
+            for address in (server.socket,) * 3 + (('127.0.0.1', port),) * 2:
+                stack.enter_context(connect(address))
+            import json
+            sockets = json.loads(read_all(connect(str(tmp / 'stats'))))['sockets']
+            assert [entry['queue'] for entry in sockets] == [3, 2]
+        held.release()
+
+
+class TestSeeing:
+    """What the server does can be seen from outside."""
+
+    def test_stats_has_uwsgis_keys_and_no_variables(self, start, tmp):
+        import json
+        server = start(SLOW, 'processes = 2\nstats = stats')
+        held = Held(server, tmp)
+        text = read_all(connect(str(tmp / 'stats'))).decode()
+        stats = json.loads(text)
+        assert {'version', 'listen_queue', 'pid', 'uid', 'gid', 'cwd', 'locks', 'sockets', 'workers'} <= set(stats)
+        assert [worker['status'] for worker in stats['workers']].count('busy') == 1
+        assert {'id', 'pid', 'requests', 'exceptions', 'status', 'rss', 'vsz', 'tx', 'avg_rt', 'apps', 'cores'} <= set(
+            stats['workers'][0])
+        assert 'HTTP_HOST' not in text and str(held.fifo) not in text
+        held.release()
+
+    def test_health_and_metrics_even_when_all_are_busy(self, start, tmp):
+        port = free_port()
+        server = start(SLOW, f'stats = 127.0.0.1:{port}\nstats-http = true')
+        held = Held(server, tmp)
+        server.http = '127.0.0.1', port
+        assert server.get('/health').body == b'ok\n'
+        assert 'minuwsgi_worker_busy{worker="1"} 1' in server.get('/metrics').text
+        assert server.get('/').header('content-type') == 'application/json'
+        held.release()
+
+    def test_usr2_tells_what_each_worker_does(self, start, tmp):
+        server = start(SLOW)
+        held = Held(server, tmp)
+        server.kill(signal.SIGUSR2)
+        server.wait_for('in slow')
+        held.release()
+        assert server.wait_for(r'worker 1 \(pid .*GET slow')
+
+    def test_the_request_line_is_uwsgis(self, start, tmp):
+        server = start()
+        server.ask('/a?b', REMOTE_USER='joe')
+        assert re.fullmatch(
+            r'\[pid: \d+\|app: 0\|req: 1/1\] 127\.0\.0\.1 \(joe\) \{\d+ vars in \d+ bytes\} \[\w+ \w+ +\d+ [\d:]+ \d+\] '
+            r'GET /a\?b => generated 6 bytes in \d+ msecs \(HTTP/1\.1 200\) 2 headers in \d+ bytes '
+            r'\(1 switches on core 0\)', server.wait_for('pid: '))
+
+
+    @pytest.mark.parametrize('ini, line', [
+        ('log-format = %(method) %(uri) %(status) %(rsize) %(var.HTTP_HOST) %(user) %(nothing) 100%',
+         r'GET /a 200 6 localhost - - 100%'),
+        ('log-x-forwarded-for = true', r'\\] 10\\.9\\.8\\.7 \\(\\)'), ('log-date = %%Y', r'^\\d{4} - listening on')])
+    def test_the_log_has_the_wanted_form(self, start, ini, line):
+        server = start(ini=ini, ready=False)
+        server.wait_for('ready: ')
+        server.ask('/a', HTTP_X_FORWARDED_FOR='10.9.8.7')
+        server.wait_for(line.replace('\\\\', '\\'))
+
+    @pytest.mark.parametrize('option, path, logged', [
+        ('log-4xx', 'status?404', True), ('log-4xx', 'hello', False), ('log-5xx', 'status?503', True),
+        ('log-zero', 'empty', True), ('log-big = 5', 'hello', True), ('log-slow = 1000', 'hello', False)])
+    def test_without_a_request_log_what_matters_can_still_be_logged(self, start, option, path, logged):
+        server = start(APPS, f'disable-logging = true\n{option}')
+        server.ask(path)
+        server.stop()
+        assert ('pid: ' in server.log) is logged
+
+    def test_a_log_of_requests_alone(self, start, tmp):
+        server = start(ini='req-logger = file:requests')
+        server.ask('/a')
+        wait_until(lambda: 'GET /a' in (tmp / 'requests').read_text(), 'the line')
+        assert 'GET /a' not in server.log
+
+
+class TestInside:
+    """What an application finds that was written for uWSGI."""
+
+    def test_the_uwsgi_module(self, start):
+        server = start("""
+            import os, uwsgi
+            from uwsgidecorators import postfork
+            forked = []
+            @postfork
+            def after():
+                forked.append(os.getpid())
+            def application(e, s):
+                s('200 OK', [])
+                if e['PATH_INFO'] == '/reload':
+                    uwsgi.reload()
+                uwsgi.log('hello from inside')
+                return [repr((uwsgi.worker_id(), uwsgi.masterpid(), uwsgi.numproc, uwsgi.opt['processes'],
+                              [w['id'] for w in uwsgi.workers()], forked == [os.getpid()])).encode()]
+            """, 'processes = 2')
+        number, master, processes, option, workers, forked = eval(server.ask().body)
+        assert number in (1, 2) and (master, processes, option) == (server.pid, 2, b'2')
+        assert sorted(workers) == [1, 2] and forked
+        server.wait_for('hello from inside')
+        server.ask('/reload')
+        server.wait_for('^ready', 2)
+
+    def test_a_user_harakiri_breaks_off_one_request(self, start):
+        server = start("""
+            import time, uwsgi
+            def application(e, s):
+                uwsgi.set_user_harakiri(1)
+                time.sleep(100)
+            """)
+        server.tracebacks_expected = True
+        assert server.ask().status == '504 Gateway Timeout'
+
+    def test_threads_and_connections_made_before_the_fork_are_named(self, start):
+        server = start(HELLO + """
+import socket, threading
+listener = socket.create_server(('127.0.0.1', 0))
+connection = socket.create_connection(listener.getsockname())
+threading.Thread(target=threading.Event().wait, name='poller', daemon=True).start()
+""")
+        assert "the thread 'poller'" in server.log and 'opened a connection to (' in server.log
+
+    def test_changed_code_reloads_by_itself(self, start, tmp):
+        server = start(ini='py-autoreload = 1')
+        (tmp / 'app.py').write_text(HELLO.replace('hello', 'other'))
+        server.wait_for('^ready', 2)
+        assert server.ask().body == b'other\n'
+
+    def test_idle_with_die_on_idle_ends_the_server(self, start):
+        server = start(ini='idle = 1\ndie-on-idle = true')
+        assert server.wait() == 0
+
+
+class TestDaemon:
+    """In the background, with a log that follows logrotate, as another user."""
+
+    def test_the_parent_leaves_when_the_workers_are_ready(self, tmp):
+        (tmp / 'app.py').write_text(HELLO)
+        code, output = run(tmp, '--socket', 's', '--module', 'app', '--pidfile', 'p', '--daemonize', 'log', '--vacuum')
+        assert (code, output) == (0, '')
+        assert ask(str(tmp / 's')).body == b'hello\n'
+        assert run(tmp, '--stop', 'p')[0] == 0
+        wait_until(lambda: not (tmp / 'p').exists(), 'the end')
+        assert 'ready: 1 worker' in (tmp / 'log').read_text()
+
+    def test_the_parent_tells_of_a_failed_start(self, tmp):
+        code, output = run(tmp, '--socket', 's', '--module', 'nowhere', '--daemonize', 'log')
+        assert code == 22 and "there is no module 'nowhere'" in output
+
+    def test_the_log_follows_its_name(self, start, tmp):
+        server = start(ini='logto = log', ready=False)
+        wait_until(lambda: (tmp / 'log').exists() and 'ready' in (tmp / 'log').read_text(), 'ready')
+        os.rename(tmp / 'log', tmp / 'old')
+        server.kill(signal.SIGUSR1)
+        wait_until((tmp / 'log').exists, 'the new log')
+        wait_until(lambda: server.ask('/there') and '/there' in (tmp / 'log').read_text(), 'a line in the new log')
+
+    @pytest.mark.skipif(os.getuid() != 0 or not os.path.exists('/usr/bin/python3'), reason='needs root and /usr/bin/python3')
+    def test_root_is_left_for_good_before_the_application_is_loaded(self, start, tmp):
+        os.chmod(tmp, 0o777)
+        server = start("""
+            import os
+            at_load = os.getresuid(), os.getresgid(), os.getgroups()
+            def application(e, s):
+                s('200 OK', [])
+                return [repr(at_load).encode()]
+            """, 'uid = nobody\ngid = nogroup\nvacuum = true', python='/usr/bin/python3')    # one that nobody can read
+        import grp
+        import pwd
+        uid, gid = pwd.getpwnam('nobody').pw_uid, grp.getgrnam('nogroup').gr_gid
+        assert eval(server.ask().body) == ((uid,) * 3, (gid,) * 3, [gid])
+        assert os.stat(server.socket).st_uid == uid
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        assert server.stop() == 0 and not os.path.exists(server.socket)
+
+
+class TestSystemd:
+    """Socket activation and readiness, with a stand-in for systemd."""
+
+    def test_notify_tells_the_states(self, start, tmp):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+            systemd.bind(str(tmp / 'notify'))
+            systemd.settimeout(PATIENCE)
+            server = start(environment={'NOTIFY_SOCKET': str(tmp / 'notify')})
+            assert b'READY=1' in systemd.recv(1000)
+            server.kill(signal.SIGHUP)
+            assert b'RELOADING=1\nMONOTONIC_USEC=' in systemd.recv(1000)
+            assert b'READY=1' in systemd.recv(1000)
+            server.stop()
+            assert systemd.recv(1000) == b'STOPPING=1'
+
+    def test_a_socket_of_systemd_is_used_and_never_removed(self, start, tmp):
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(tmp / 'a'))
+            listener.listen()
+            (tmp / 'app.py').write_text(HELLO)
+            script = ('import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_FDS="1", '
+                      'LISTEN_PID=str(os.getpid())); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])')
+            process = subprocess.Popen([sys.executable, '-c', script, str(listener.fileno()), str(MINUWSGI), '--module', 'app',
+                                        '--vacuum'], cwd=tmp, pass_fds=[listener.fileno()], stderr=subprocess.PIPE)
+        try:
+            lines = iter(process.stderr.readline, b'')
+            assert any(line.startswith(b'ready') for line in lines)
+            assert ask(str(tmp / 'a')).body == b'hello\n'
+            process.send_signal(signal.SIGHUP)
+            assert any(line.startswith(b'ready') for line in lines)
+            assert ask(str(tmp / 'a')).body == b'hello\n'
+        finally:
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+            process.stderr.close()
+        assert (tmp / 'a').exists()
 
 
 # ---------------------------------------------------------------------------------------------
