@@ -2102,6 +2102,8 @@ class Worker:
         self.closing_at = 0.0                           # when a stopping worker leaves its kept connections
         self.waiting = None                             # at a stop: the listener, for those who wait already
         self.offloaders = [Offloader() for _ in range(max(1, config.offload_threads))]
+        self.dead_end, other_end = os.pipe()
+        os.close(other_end)
         self.poll = self.stop_read = None
         self.swept = 0.0
         self.logging = not config.disable_logging or any((
@@ -2125,8 +2127,6 @@ class Worker:
 
     def run(self):
         """Serve until told to stop."""
-        self.dead_end, other_end = os.pipe()
-        os.close(other_end)
         cores = [Core(self, i) for i in range(self.config.threads)]
         listener, *others = self.listeners.values()
         if others or len(cores) > 1 or listener.protocol != 'uwsgi':
@@ -3299,7 +3299,17 @@ def drop_privileges(config):
 
 
 def serve(config, start):
-    """Bind, load, fork, wait: the server. Its exit code."""
+    """The server, until it is told to stop. Its exit code."""
+    owned = []
+    try:
+        return bind_load_and_run(config, start, owned)
+    except Stopped:
+        log('stopped while starting')
+        vacuum(config, owned)
+        return 0
+
+
+def bind_load_and_run(config, start, owned):
     import json
     state = json.loads(os.environ.pop(RELOADED, '{"sockets": [], "workers": [], "pidfile": null, "again": false}'))
     if config.log_date is not None:
@@ -3310,7 +3320,7 @@ def serve(config, start):
         start.daemonize(config.logto)
     elif config.logto:
         open_log(config.logto)
-    signals, owned = Signals(), []
+    signals = Signals()
     reloaded = ', reloaded' if state['workers'] else ''
     log(f"minuwsgi {__version__}, Python {sys.version.split()[0]}, pid {os.getpid()}{reloaded}")
     application, stuck, hooks = None, False, offer_uwsgi_module(config)
@@ -3330,10 +3340,6 @@ def serve(config, start):
             raise
         log(f'minuwsgi: {error}')
         pidfile, stuck = None, True
-    except Stopped:
-        log('stopped while starting')
-        vacuum(config, owned)
-        return 0
     if stuck and not reloaded:
         vacuum(config, owned)
         return EXIT_NO_APP
