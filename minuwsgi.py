@@ -2814,10 +2814,10 @@ class Master:
         self.reap()
         now = time.monotonic()
         self.keep_deadlines(now)
+        if now >= self.tick and not self.stopping:
+            self.look_round(now)
         if self.stopping or self.stuck and not self.reload_wanted:
             return
-        if now >= self.tick:
-            self.look_round(now)
         self.replace_workers(now)
         if self.reload_wanted and self.proof is None and (self.stuck or not any(
                 child.old and not child.stop_with for child in self.children.values())):
