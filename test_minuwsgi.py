@@ -256,5 +256,5 @@ def run(tmp, *arguments, **options):
 def test_the_tools_work(start):
     server = start('def application(e, s):\n  s("200 OK", [])\n  return [e["PATH_INFO"].encode()]', http=True)
     assert server.ask('/abc').text == '/abc'
-    assert server.get('/abc').text[3:7] == '/abc'
+    assert server.get('/abc').text == '/abc'
     assert server.stop() == 0
