@@ -1091,6 +1091,8 @@ def read_some(fd, buffer, deadline):
         except BlockingIOError:
             wait_for(fd, select.POLLIN, deadline)
             continue
+        except ConnectionError:
+            got = 0
         if not got:
             raise ClientGone(errno.ECONNRESET, 'the client closed the connection')
         return got
@@ -2217,6 +2219,7 @@ class Core:
     def open_request(self, connection, environ, data, end):
         """Read a head into environ and prepare the response; the Body, unless all of it is here."""
         response = self.response
+        response.head_only = data[:5] == b'HEAD '
         if not 0 <= end <= HEAD_MAX:
             if len(data) > LINE_MAX and b'\r\n' not in data[:LINE_MAX]:
                 raise BadRequest('the first line is too long', '414 URI Too Long')
@@ -2226,7 +2229,6 @@ class Core:
         parse_head(data[:end], environ)
         response.http = environ['SERVER_PROTOCOL']
         response.keep = response.keep and keeps(environ)
-        response.head_only = environ['REQUEST_METHOD'] == 'HEAD'
         if self.worker.trusted and self.worker.trusts(environ['REMOTE_ADDR']):
             client_address(environ, self.worker.trusted)
         connection.data = data[end + 4:]
