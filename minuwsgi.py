@@ -2196,9 +2196,11 @@ class Core:
         except BaseException as error:
             self.failed(error)
         keep = response.keep
-        clear = job is None and not response.ending and (body is None or not body.left)
         if body is not None and not body.left:
             connection.data = body.behind()
+        if not keep and connection.data and not response.ending:
+            response.ending = 'drain'                   # it has sent requests that nobody takes
+        clear = job is None and not response.ending and (body is None or not body.left)
         if not clear:
             self.worker.lend(connection)
             self.let_go(fd, job, body, self.worker.take_back(connection) if keep else close_after)
@@ -2324,7 +2326,11 @@ class Worker:
             return True
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
             log(f'worker {self.number}: accept: {error.strerror}')
-            time.sleep(0.1)
+            idle = sorted(connection.deadline for connection in list(self.connections.values()) if not connection.data)
+            if idle:                                    # make room: a part of those that are silent the longest
+                self.close_connections(lambda c: not c.data and c.deadline <= idle[len(idle) // 4])
+            else:
+                time.sleep(0.1)
         elif error.errno == errno.EAGAIN:               # workers with several sockets made it non-blocking
             select.select(list(self.listeners), [], [])
         return False

@@ -348,7 +348,7 @@ def echo():
 def send_raw(server, data):
     """Send bytes and the end of our side; all that the server answers until it closes."""
     with connect(server.http) as connection:
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(OSError):              # it has closed already
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
         return read_all(connection)
@@ -762,6 +762,25 @@ def test_silent_and_slow_clients_hold_nobody(start):
         assert connection.recv(4096).startswith(b'HTTP/1.1 200')
     for connection in silent + slow:
         connection.close()
+
+
+def test_silent_clients_make_room_when_descriptors_run_out(start):
+    import resource
+    server = start(HELLO, 'processes = 1', http=True,
+                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
+    silent = [connect(server.http) for _ in range(100)]
+    assert server.get().body == b'hello\n'
+    server.wait_for('accept: Too many open files')
+    for connection in silent:
+        connection.close()
+
+
+def test_what_is_pipelined_behind_the_last_request_does_not_reset_the_connection(echo):
+    last = b'GET /x/big-list HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n'
+    with connect(echo.http) as connection:
+        connection.sendall(last + b'GET / HTTP/1.1\r\nHost: x\r\n\r\n' * 10000)
+        answer, = answers(read_all(connection))
+    assert len(answer.body) == 4000000
 
 
 def test_a_head_has_its_time_in_all_and_idle_connections_theirs(start):
