@@ -2254,7 +2254,8 @@ class Worker:
         self.config, self.application, self.rows, self.total = config, application, rows, total
         self.number, self.master = number, master       # master: its pid, or None without one
         self.listeners = {listener.socket.fileno(): listener for listener in listeners}
-        self.connections = {}                           # HTTP: descriptor -> Connection
+        self.connections = {}                           # HTTP: descriptor -> Connection that waits; who serves
+                                                        # one has taken it out, so that nobody else closes it
         self.stopping = False
         self.closing_at = 0.0                           # when a stopping worker leaves its kept connections
         self.waiting = None                             # at a stop: the listener, for those who wait already
