@@ -76,6 +76,12 @@ def word(value):
     return value
 
 
+def network(value):
+    """an address or a network such as 10.0.0.0/8"""
+    from ipaddress import ip_network
+    return ip_network(value, strict=False)
+
+
 def anything(value):
     """any text"""
     return value
@@ -107,6 +113,14 @@ OPTIONS = (
     ('socket-timeout -z', positive, 4, 'seconds without progress until a client is given up'),
     ('http-timeout', positive, 60, 'seconds that an idle or slow client may take where no worker waits'),
     ('limit-post', number, 0, 'the largest request body in bytes (0: any)'),
+    ('trust-proxy', network, (), 'believe X-Forwarded-For and -Proto from this address, or network 10.0.0.0/8'),
+    'Static files',
+    ('static-map', anything, (), '/prefix=directory or file: serve what is there, before the application'),
+    ('static-map2', anything, (), '/prefix=directory, in which the prefix is a directory too'),
+    ('check-static', anything, (), 'serve what is in this directory'),
+    ('static-index', anything, (), 'the file for a directory, such as index.html'),
+    ('static-expires', anything, (), 'PATTERN SECONDS, such as *.css 3600: how long browsers may keep it'),
+    ('static-safe', anything, (), 'symbolic links may point into this directory'),
     'Processes',
     ('master -M', flag, True, '`false`: no fork, one process that serves, for a debugger'),
     ('processes workers -p', positive, 1, 'how many workers'),
@@ -950,8 +964,9 @@ class Expected:
 # the same environ as a packet. What could be read in two ways (and so smuggle a request past a
 # proxy) is refused: lengths given twice, bare line ends, blanks before a colon.
 
-HEAD_MAX, LINE_MAX = 65536, 16384       # bytes of a head, of its first line
+HEAD_MAX, LINE_MAX, FIELDS_MAX = 65536, 16384, 200      # bytes of a head, of its first line; lines after that
 TOKEN = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+HOST = frozenset("-._~%!$&'()*+,;=:[]0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 CONTROL = bytes((*range(9), *range(10, 32), 127))       # all but the tab
 SINGLE = frozenset(('CONTENT_LENGTH', 'CONTENT_TYPE', 'HTTP_HOST', 'HTTP_TRANSFER_ENCODING'))
 HEADER_KEYS = {}                        # a header's name as it was sent -> its key in the environ, '' for none
@@ -960,7 +975,7 @@ HEADER_KEYS = {}                        # a header's name as it was sent -> its 
 def header_key(name):
     """'User-Agent' -> 'HTTP_USER_AGENT'; '' where the header must not reach the application."""
     if not name or not TOKEN.issuperset(name):
-        raise BadRequest(f'{name!r} is no name of a header')
+        raise BadRequest(f'{name[:100]!r} is no name of a header')
     key = name.upper().replace('-', '_')
     if '_' in name or key == 'PROXY':
         key = ''                        # X_A would pass for X-A; HTTP_PROXY would steer the application's clients
@@ -974,35 +989,62 @@ def header_key(name):
 def parse_head(head, environ):
     """Read a request head (bytes, without the empty line at its end) into environ."""
     lines = head.decode('latin-1').split('\r\n')
+    if len(lines[0]) > LINE_MAX:
+        raise BadRequest('the first line is too long', '414 URI Too Long')
+    if len(lines) > FIELDS_MAX:
+        raise BadRequest(f'more than {FIELDS_MAX} headers', '431 Request Header Fields Too Large')
     if len(head) - len(head.translate(None, CONTROL)) != 2 * len(lines) - 2:
         raise BadRequest('a control character in the head')
-    request_line = lines[0].split(' ')
-    if len(request_line) != 3 or not TOKEN.issuperset(request_line[0]) or not request_line[0]:
-        raise BadRequest('the first line is not METHOD TARGET HTTP/1.1')
-    method, target, protocol = request_line
-    if protocol != 'HTTP/1.1' and protocol != 'HTTP/1.0':
-        known = protocol[:5] == 'HTTP/' and protocol[5:].replace('.', '', 1).isdigit()
-        raise BadRequest(f'protocol {protocol!r}', '505 HTTP Version Not Supported' if known else '400 Bad Request')
-    path, _, query = target.partition('?')
-    if path[:1] != '/':
-        path = target_path(method, path)
-    environ['REQUEST_METHOD'] = method
-    environ['REQUEST_URI'] = target
-    environ['PATH_INFO'] = path if '%' not in path else unquote(path)
-    environ['QUERY_STRING'] = query
-    environ['SERVER_PROTOCOL'] = protocol
+    parse_first_line(lines.pop(0), environ)
+    host = environ.pop('HTTP_HOST', None)               # of a target http://host/path: it counts then
     before = len(environ)
-    del lines[0]
     for line in lines:
-        name, _, value = line.partition(':')
+        name, colon, value = line.partition(':')
+        if not colon:
+            raise BadRequest(f'{line[:100]!r} is no header')
         key = HEADER_KEYS.get(name)
         if key is None:
             key = header_key(name)
         environ[key] = value.strip(' \t')
     if len(environ) != before + len(lines) or '' in environ:
         join_headers(lines, environ)
-    if 'HTTP_HOST' not in environ and protocol == 'HTTP/1.1':
+    if 'HTTP_HOST' not in environ and environ['SERVER_PROTOCOL'] == 'HTTP/1.1':
         raise BadRequest('no Host')
+    if not HOST.issuperset(environ.get('HTTP_HOST', '')):
+        raise BadRequest('a Host that is no name of a host')
+    if host is not None:
+        environ['HTTP_HOST'] = host
+
+
+def parse_first_line(line, environ):
+    parts = line.split(' ')
+    if len(parts) != 3 or not parts[0] or not TOKEN.issuperset(parts[0]):
+        raise BadRequest('the first line is not METHOD TARGET HTTP/1.1')
+    method, target, protocol = parts
+    environ['REQUEST_METHOD'], environ['REQUEST_URI'] = method, target
+    if protocol not in ('HTTP/1.1', 'HTTP/1.0'):
+        other = len(protocol) == 8 and protocol[:5] == 'HTTP/' and protocol[6] == '.' and protocol[5::2].isdecimal()
+        raise BadRequest(f'protocol {protocol[:20]!r}', '505 HTTP Version Not Supported' if other else '400 Bad Request')
+    environ['SERVER_PROTOCOL'] = protocol
+    if '#' in target or '\t' in target:
+        raise BadRequest('a fragment or a tab in the target')
+    path, _, query = target.partition('?')
+    if path[:1] != '/':
+        path = target_path(method, path, environ)
+    environ['PATH_INFO'] = path if '%' not in path else unquote(path)
+    environ['QUERY_STRING'] = query
+
+
+def target_path(method, target, environ):
+    """The path of a target that doesn't begin with /: http://host/path, or * of OPTIONS."""
+    scheme, slashes, rest = target.partition('://')
+    if slashes and scheme.lower() in ('http', 'https'):
+        environ['HTTP_HOST'], _, path = rest.partition('/')
+        if environ['HTTP_HOST'] and HOST.issuperset(environ['HTTP_HOST']):
+            return '/' + path
+    elif target == '*' and method == 'OPTIONS':
+        return target
+    raise BadRequest(f'the target {target[:100]!r}', '501 Not Implemented' if method == 'CONNECT' else '400 Bad Request')
 
 
 def join_headers(lines, environ):
@@ -1018,19 +1060,20 @@ def join_headers(lines, environ):
     environ.pop('', None)
 
 
-def target_path(method, target):
-    """The path of a target that doesn't begin with /: http://host/path, or * of OPTIONS."""
-    scheme, slashes, rest = target.partition('://')
-    if slashes and scheme.lower() in ('http', 'https'):
-        return '/' + rest.partition('/')[2]
-    if target == '*' and method == 'OPTIONS':
-        return target
-    raise BadRequest(f'{method} {target}', '501 Not Implemented' if method == 'CONNECT' else '400 Bad Request')
-
-
 def unquote(path):
     from urllib.parse import unquote_to_bytes
     return unquote_to_bytes(path.encode('latin-1')).decode('latin-1')
+
+
+def words(value):
+    """'a, B' -> ['a', 'b']: the value of a header that is a list."""
+    return [word.strip(' \t') for word in value.lower().split(',')]
+
+
+def keeps(environ):
+    """May more requests follow on this connection?"""
+    wish = words(environ.get('HTTP_CONNECTION', ''))
+    return 'close' not in wish and (environ['SERVER_PROTOCOL'] == 'HTTP/1.1' or 'keep-alive' in wish)
 
 
 def body_length(environ):
@@ -1039,8 +1082,11 @@ def body_length(environ):
     if coding is not None:
         if length is not None or environ['SERVER_PROTOCOL'] == 'HTTP/1.0':
             raise BadRequest('Transfer-Encoding beside Content-Length or in HTTP/1.0')
-        if coding.lower() != 'chunked':
-            raise BadRequest(f'Transfer-Encoding {coding}', '501 Not Implemented')
+        codings = words(coding)
+        if codings != ['chunked']:      # where chunked isn't the last one, nobody knows the length
+            understood = codings[-1] == 'chunked' and codings.count('chunked') == 1 and all(codings)
+            raise BadRequest(f'Transfer-Encoding {coding[:50]!r}',
+                             '501 Not Implemented' if understood else '400 Bad Request')
         return -1
     return content_length(length) if length is not None else 0
 
@@ -1049,6 +1095,39 @@ def content_length(value):
     if not (value.isascii() and value.isdecimal() and len(value) < 19):
         raise BadRequest(f'Content-Length {value[:30]!r}')
     return int(value)
+
+
+def hopeless(data):
+    """What is wrong with a head that has only begun, as the arguments of BadRequest, or None."""
+    if data[:2] == b'\x16\x03':
+        return 'this is TLS, and the socket speaks plain HTTP: use http://, or let nginx speak TLS in front',
+    if data[:1] == b'\0':
+        return 'this looks like a uwsgi packet, and the socket speaks HTTP: in nginx use proxy_pass, or here socket',
+    if not TOKEN.issuperset(data[:1].decode('latin-1').strip()):
+        return 'this is not HTTP',
+    if data.count(b'\n') != data.count(b'\r\n'):
+        return 'a line ends without CR',
+    if len(data) > LINE_MAX and b'\r\n' not in data[:LINE_MAX]:
+        return 'the first line is too long', '414 URI Too Long'
+    return None
+
+
+def client_address(environ, trusted):
+    """Behind a proxy that is trusted: who is its client? X-Forwarded-For has each proxy's client, the last
+    one's at the end; what stands left of an address that isn't trusted may be invented."""
+    from ipaddress import ip_address
+    for value in reversed(environ.get('HTTP_X_FORWARDED_FOR', '').split(',')):
+        value = value.strip(' \t')
+        try:
+            address = ip_address(value)
+        except ValueError:
+            break
+        environ['REMOTE_ADDR'], environ['REMOTE_PORT'] = value, ''
+        if not any(address in network for network in trusted):
+            break
+    scheme = words(environ.get('HTTP_X_FORWARDED_PROTO', ''))[-1]
+    if scheme in ('http', 'https'):
+        environ['wsgi.url_scheme'] = scheme
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1098,8 +1177,8 @@ def read_some(fd, buffer, deadline):
         except BlockingIOError:
             wait_for(fd, select.POLLIN, deadline)
             continue
-        except ConnectionError as error:
-            raise ClientGone(error.errno, error.strerror) from None
+        except ConnectionError:
+            got = 0
         if not got:
             raise ClientGone(errno.ECONNRESET, 'the client closed the connection')
         return got
@@ -1110,7 +1189,7 @@ def write_some(fd, chunks):
     try:
         sent = os.writev(fd, chunks[:IOV_MAX])
     except ConnectionError:
-        raise ClientGone(0, 'the client left before the end of the response') from None
+        raise ClientGone(0, 'before the end of the response') from None
     done = 0
     while done < len(chunks) and sent >= len(chunks[done]):
         sent -= len(chunks[done])
@@ -1149,10 +1228,7 @@ class Body(io.RawIOBase):
         return True
 
     def readinto(self, into):
-        return self.receive(into, self.left)
-
-    def receive(self, into, most):
-        size = min(len(into), most)
+        size = min(len(into), self.left)
         if not size:
             return 0
         if self.begun:
@@ -1160,55 +1236,78 @@ class Body(io.RawIOBase):
             into[:size] = self.begun[:size]
             self.begun = self.begun[size:]
         else:
-            if self.wants_continue:
-                self.wants_continue = False
-                os.write(self.fd, b'HTTP/1.1 100 Continue\r\n\r\n')
-            size = read_some(self.fd, memoryview(into)[:size], time.monotonic() + self.timeout)
+            size = self.receive(memoryview(into)[:size])
         self.left -= size
         return size
 
+    def receive(self, into):
+        if self.wants_continue:
+            self.wants_continue = False
+            write_some(self.fd, [b'HTTP/1.1 100 Continue\r\n\r\n'])
+        return read_some(self.fd, into, time.monotonic() + self.timeout)
+
+    def behind(self):
+        """What was read beyond the end: the next requests."""
+        return b''
+
 
 class ChunkedBody(Body):
-    """A request body in chunks, RFC 9112 section 7.1: `left` is that of the chunk, 0 at the end."""
+    """A request body in chunks, RFC 9112 section 7.1. `left` is 1 until its end was read."""
 
     def __init__(self, fd, begun, timeout, limit):
         super().__init__(fd, begun, 1, timeout)
-        self.chunk, self.limit = -1, limit      # bytes left of this chunk; -1: none was begun
+        self.at = 0                             # so much of `begun` is used
+        self.chunk = -1                         # bytes left of this chunk; -1: none was begun
+        self.limit = limit
 
     def readinto(self, into):
         if self.chunk <= 0 and self.left:
-            if self.chunk == 0 and self.line():
-                raise BadRequest('a chunk is longer than its size')
-            self.chunk = self.size_of_next()
-            if self.chunk == 0:
-                while self.line():              # trailers
-                    pass
-                self.left = 0
+            self.next_chunk()
         if not self.left:
             return 0
-        got = self.receive(into, self.chunk)
-        self.left = 1
-        self.chunk -= got
-        self.limit -= got
-        if self.limit < 0:
-            raise BadRequest('the body is larger than limit-post', '413 Content Too Large')
-        return got
+        if self.at == len(self.begun):
+            self.more()
+        size = min(len(into), self.chunk, len(self.begun) - self.at)
+        into[:size] = self.begun[self.at:self.at + size]
+        self.at += size
+        self.chunk -= size
+        return size
 
-    def line(self):
-        line = bytearray()
-        byte = bytearray(1)
-        while line[-2:] != b'\r\n':
-            self.receive(byte, 1)
-            line += byte
-            if len(line) > 4096 or line[-1:] == b'\n' != line[-2:-1].replace(b'\r', b'\n'):
-                raise BadRequest('a bad line between chunks')
-        return bytes(line[:-2])
+    def more(self):
+        buffer = bytearray(READ_MAX)
+        size = self.receive(buffer)
+        self.begun, self.at = self.begun[self.at:] + buffer[:size], 0
 
-    def size_of_next(self):
-        size = self.line().partition(b';')[0].rstrip(b' \t')
+    def next_chunk(self):
+        if self.chunk == 0 and self.line():
+            raise BadRequest('a chunk is longer than its size')
+        size, semicolon, _ = self.line().partition(b';')
+        size = size.rstrip(b' \t') if semicolon else size
         if not size or len(size) > 15 or size.strip(b'0123456789abcdefABCDEF'):
             raise BadRequest(f'{size[:30]!r} is no size of a chunk')
-        return int(size, 16)
+        self.chunk = int(size, 16)
+        self.limit -= self.chunk
+        if self.limit < 0:
+            raise BadRequest('the body is larger than limit-post', '413 Content Too Large')
+        if self.chunk == 0:
+            for _ in range(FIELDS_MAX):
+                trailer = self.line()           # nobody needs them, but they have to be in order
+                if not trailer:
+                    self.left = 0
+                    return
+                header_key(trailer.partition(b':')[0].decode('latin-1') if b':' in trailer else '')
+            raise BadRequest('too many trailers', '431 Request Header Fields Too Large')
+
+    def line(self):
+        while (end := self.begun.find(b'\n', self.at)) < 0 and len(self.begun) - self.at <= 1024:
+            self.more()
+        line, self.at = self.begun[self.at:end + 1], end + 1
+        if not 1 < len(line) <= 1024 or line[-2:] != b'\r\n' or len(line.translate(None, CONTROL)) != len(line) - 2:
+            raise BadRequest('a bad line between chunks')
+        return line[:-2]
+
+    def behind(self):
+        return bytes(self.begun[self.at:])
 
 
 class FileWrapper:
@@ -1277,13 +1376,14 @@ class Response:
     """One response after the other. start_response() builds the head; write() and finish() send."""
 
     __slots__ = ('fd', 'timeout', 'status', 'head', 'end', 'headers', 'length', 'left', 'size', 'sent', 'no_body',
-                 'head_only', 'http', 'keep', 'chunked', 'blocking', 'patience', 'ending', 'has_date', 'has_server', 'date')
+                 'head_only', 'http', 'keep', 'chunked', 'blocking', 'patience', 'ending', 'has_date', 'has_server', 'date',
+                 'body')
 
     def __init__(self, config):
         self.timeout, self.patience = config.socket_timeout, config.http_timeout
-        self.http = self.keep = self.chunked = self.sent = False
+        self.http = self.keep = self.chunked = self.sent = self.head_only = False
         self.status, self.end, self.date, self.ending, self.size = None, '\r\n', b'', '', 0
-        self.head, self.headers = b'', ()
+        self.head, self.headers, self.body = b'', (), None
 
     def start_response(self, status, headers, exc_info=None):
         if self.status is not None:
@@ -1330,7 +1430,7 @@ class Response:
         self.sent = True
         if not self.http:
             return self.head
-        head = self.head
+        head = self.head[:-len(self.end)]               # what HTTP adds has to be found out now
         if not self.has_date:
             head += self.date
         if not self.has_server:
@@ -1341,6 +1441,10 @@ class Response:
                 head += b'Transfer-Encoding: chunked\r\n'
             else:
                 self.keep = False                       # the end of the connection is the end of the body
+        elif self.length is None:
+            head += b'Content-Length: %d\r\n' % self.left
+        if self.body is not None and self.body.left:
+            self.keep = self.body.wants_continue = False        # it may never come
         if not self.keep:
             head += b'Connection: close\r\n'
         elif self.http == 'HTTP/1.0':
@@ -1404,6 +1508,8 @@ class Response:
         """A job that sends the chunks and ends the response; None where they aren't bytes."""
         if not all(type(chunk) is bytes for chunk in chunks):
             return None
+        if self.http and not self.sent and self.status is not None and self.left is None:
+            self.left = sum(map(len, chunks))           # no need of HTTP's chunks
         chunks = self.frame(chunks) if chunks or not self.sent else []
         if self.chunked:
             chunks.append(b'0\r\n\r\n')
@@ -1420,7 +1526,6 @@ class Response:
         fd, offset, size = found
         if self.left is None and self.http and not self.sent:
             self.left = size                            # no need of chunks
-            self.head += b'Content-Length: %d\r\n' % size
         head = [] if self.sent else [self.take_head()]
         if self.left is not None and self.left > size:
             self.cut(f'the file has {self.left - size} bytes less than the Content-Length')
@@ -1447,6 +1552,142 @@ def trimmed(chunks, size):
         kept.append(chunk[:size])
         size -= len(kept[-1])
     return kept
+
+
+# ---------------------------------------------------------------------------------------------
+# 7. Other answers: static files
+#
+# If an option asks for static files, the application is wrapped in another, which answers GET and
+# HEAD for regular files and leaves everything else to it. A path is followed to its end (links, ..)
+# before it is compared with the directory that it must be in; so no spelling of it leads out.
+
+def with_static_files(config, application):
+    """The application, behind the static files that the options name."""
+    if not (config.check_static or config.static_map or config.static_map2):
+        return application
+    import mimetypes
+    mimetypes.init()                                    # once, before the fork
+    places = [('', directory, False) for directory in config.check_static]
+    for option, whole_path in (config.static_map, False), (config.static_map2, True):
+        for value in option:
+            mount, equals, target = value.partition('=')
+            if not equals:
+                raise AppError(f'static-map = {value}: /prefix=directory is expected')
+            places.append((mount.strip().rstrip('/'), target.strip(), whole_path))
+    for _, target, _ in places:
+        if not os.path.exists(target):
+            log(f'static files: there is no {os.path.abspath(target)}')
+    places = [(mount, os.fsencode(os.path.abspath(target)), whole) for mount, target, whole in places]
+    safe = [os.fsencode(os.path.realpath(directory)) for directory in config.static_safe]
+    indexes = [os.fsencode(name).decode('latin-1') for name in config.static_index]
+    expires = [expiry(value) for value in config.static_expires]
+
+    def static_or_application(environ, start_response):
+        if environ['REQUEST_METHOD'] in ('GET', 'HEAD'):
+            path = environ['PATH_INFO']
+            for mount, root, whole_path in places:
+                if path == mount or path.startswith(mount + '/'):
+                    found = find_file(root, path if whole_path else path[len(mount):], safe, indexes)
+                    if found is not None:
+                        seconds = next((seconds for matches, seconds in expires if matches(path)), None)
+                        return send_static(environ, start_response, *found, seconds)
+        return application(environ, start_response)
+    return static_or_application
+
+
+def expiry(value):
+    """'*.css 3600' -> (what tells whether a path matches, 3600); a suffix, a glob or, as in uWSGI, a regex."""
+    import fnmatch
+    import re
+    pattern, _, seconds = value.replace('=', ' ').rpartition(' ')
+    pattern = pattern.strip()
+    try:
+        if not re.search(r'[\\^$|(+]|\.\*', pattern):
+            pattern = fnmatch.translate(pattern if pattern[:1] in '/*' else '*' + pattern)
+        return re.compile(pattern).search, int(seconds)
+    except (ValueError, re.error):
+        raise AppError(f'static-expires = {value}: PATTERN SECONDS is expected, such as *.css 3600') from None
+
+
+def find_file(root, path, safe, indexes):
+    """(open file, its status, its name) for a path below a root (bytes), or None."""
+    import stat
+    try:
+        top = os.path.realpath(root)                    # each time: it may be a link to the current release
+        name = os.path.realpath(top.rstrip(b'/') + path.encode('latin-1'))
+        status = os.stat(name)
+        if stat.S_ISDIR(status.st_mode):
+            for index in indexes:
+                found = find_file(root, f'{path.rstrip("/")}/{index}', safe, ())
+                if found is not None:
+                    return found
+        inside = any(name == directory or name.startswith(directory.rstrip(b'/') + b'/') for directory in (top, *safe))
+        if not (stat.S_ISREG(status.st_mode) and inside) or path[-1:] == '/':
+            return None
+        file = open(name, 'rb', buffering=0)
+        return file, os.fstat(file.fileno()), name
+    except (OSError, ValueError):                       # not there, not ours to read; NUL in the name, too long
+        return None
+
+
+def send_static(environ, start_response, file, status, name, seconds):
+    """Answer with a file, a part of it, or that the client's copy is good."""
+    import mimetypes
+    from email.utils import formatdate
+    size, modified = status.st_size, formatdate(int(status.st_mtime), usegmt=True)
+    tag = f'"{status.st_mtime_ns:x}-{size:x}"'
+    headers = [('Last-Modified', modified), ('ETag', tag), ('Accept-Ranges', 'bytes')]
+    if seconds is not None:
+        headers += [('Expires', formatdate(time.time() + seconds, usegmt=True)), ('Cache-Control', f'max-age={seconds}')]
+    if is_fresh(environ, tag, status.st_mtime):
+        file.close()
+        start_response('304 Not Modified', headers)
+        return []
+    first, last = 0, size - 1
+    wanted = environ.get('HTTP_RANGE') if environ['REQUEST_METHOD'] == 'GET' else None
+    answer = '200 OK'
+    if wanted and environ.get('HTTP_IF_RANGE', tag) in (tag, modified):
+        first, last, answer = byte_range(wanted, size)
+    if answer[:3] == '416':
+        file.close()
+        start_response(answer, [('Content-Range', f'bytes */{size}'), ('Content-Length', '0')])
+        return []
+    if answer[:3] == '206':
+        headers.append(('Content-Range', f'bytes {first}-{last}/{size}'))
+    kind, coding = mimetypes.guess_type(os.fsdecode(name))
+    if coding:                                          # a .gz is meant to stay one
+        kind = 'application/gzip' if coding == 'gzip' else None
+    headers += [('Content-Type', kind or 'application/octet-stream'), ('Content-Length', str(last - first + 1))]
+    start_response(answer, headers)
+    file.seek(first)
+    return FileWrapper(file)
+
+
+def is_fresh(environ, tag, mtime):
+    """Has the client got this version (RFC 9110, 13.2.2)?"""
+    known = environ.get('HTTP_IF_NONE_MATCH')
+    if known is not None:
+        return known.strip() == '*' or any(one.strip().replace('W/', '', 1) == tag for one in known.split(','))
+    from email.utils import mktime_tz, parsedate_tz
+    try:
+        return int(mtime) <= mktime_tz(parsedate_tz(environ['HTTP_IF_MODIFIED_SINCE']))
+    except (KeyError, TypeError, ValueError, OverflowError, IndexError):
+        return False
+
+
+def byte_range(wanted, size):
+    """(first byte, last byte, status) for a Range header; the whole file for one that isn't understood, or for
+    several ranges (RFC 9110, 14.2)."""
+    unit, _, text = wanted.partition('=')
+    begin, dash, end = (part.strip() for part in text.partition('-'))
+    if unit.strip().lower() != 'bytes' or not dash or not (begin + end).isdecimal() or len(text) > 40 or not text.isascii() \
+            or begin and end and int(begin) > int(end):
+        return 0, size - 1, '200 OK'
+    first, last = (int(begin), int(end or size)) if begin else (max(0, size - int(end)), size)
+    last = min(last, size - 1)
+    if first > last:
+        return 0, 0, '416 Range Not Satisfiable'
+    return first, last, '206 Partial Content'
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1480,7 +1721,7 @@ def send_file(fd, head, file, offset, count, seconds):
                 yield select.POLLOUT, seconds
                 continue
             except ConnectionError:
-                raise ClientGone(0, 'the client left before the end of the file') from None
+                raise ClientGone(0, 'before the end of the file') from None
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
                     raise
@@ -1577,7 +1818,7 @@ class Offloader:
         except StopIteration:
             self.end(fd, True)
         except Exception as error:
-            if not isinstance(error, (ClientGone, ConnectionError)):
+            if not isinstance(error, (ConnectionError, ClientGone)):
                 log(f'offload: {error}')
             self.end(fd, False)
         else:
@@ -1638,7 +1879,7 @@ class Row:
     def request(self):
         """'GET /path' of the request that is, or was last, in the works."""
         size = 4 + int.from_bytes(self.memory[1:3], 'little')
-        if self.memory[0]:                              # the first line of a request over HTTP
+        if self.memory[0] > 32:                         # the first line of a request over HTTP
             return ' '.join(self.memory[:512].split(b'\r\n')[0].decode('latin-1').split(' ')[:2])
         try:
             variables = dict(unpack_vars(self.memory[4:size]))
@@ -1660,12 +1901,14 @@ class Row:
 class Connection:
     """A client's connection over HTTP, between and during its requests."""
 
-    __slots__ = ('fd', 'listener', 'environ', 'data', 'deadline', 'parked')
+    __slots__ = ('fd', 'environ', 'data', 'deadline', 'events', 'fields', 'again')
 
-    def __init__(self, fd, listener, environ, deadline):
-        self.fd, self.listener, self.environ, self.deadline = fd, listener, environ, deadline
+    def __init__(self, fd, environ, deadline):
+        self.fd, self.environ, self.deadline = fd, environ, deadline
         self.data = b''                                 # read, but not yet used
-        self.parked = False                             # known to the worker's epoll
+        self.events = 0                                 # what the worker's epoll watches it for; 0: nothing
+        self.fields = None                              # of the last request, from HTTP/1.1 on: the bytes,
+        self.again = None                               # and what gives a new environ with them
 
 
 def left(fd):
@@ -1682,11 +1925,11 @@ def strip_script_name(environ):
         environ['SCRIPT_NAME'], environ['PATH_INFO'] = script, path[len(script):]
 
 
-def plain_answer(status, why):
+def plain_answer(status, why, more=''):
     """A whole response in plain text, for what the application can't answer."""
     text = f'{status}: {why}\n' if why else f'{status}\n'
     return (f'HTTP/1.1 {status}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {len(text.encode())}\r\n'
-            f'Connection: close\r\n\r\n{text}').encode()
+            f'{more}Connection: close\r\n\r\n{text}').encode()
 
 
 def close_hard(fd, ok=False):
@@ -1717,6 +1960,7 @@ class Core:
         self.response = Response(self.config)
         self.ready = []                                 # events that wait() has still to look at
         self.second, self.date, self.pid = 0, '', os.getpid()
+        self.next_second, self.usual_end = 0.0, ''      # HTTP: when its headers change, what they are
         self.requests = 0
         self.template = {
             'REQUEST_METHOD': 'GET', 'SCRIPT_NAME': '', 'PATH_INFO': '', 'QUERY_STRING': '', 'SERVER_NAME': 'localhost',
@@ -1886,11 +2130,11 @@ class Core:
         if response.sent:
             response.cut('the response was begun')
             return
-        answer = plain_answer(status, why)
+        answer = plain_answer(status, why, response.date.decode() if response.http else '')
         response.status, response.sent, response.keep = status, True, False
         response.head, response.headers, response.size = answer[:answer.index(b'\r\n\r\n') + 4], (1, 2, 3), len(status) + 1
         try:
-            os.write(response.fd, answer)
+            os.write(response.fd, response.head if response.head_only else answer)
         except OSError:
             pass
 
@@ -1963,12 +2207,14 @@ class Core:
     def tell_time(self):
         """Bring the texts of the time up to date; strftime() would heed the locale."""
         now = time.time()
+        self.next_second = time.monotonic() + 1 - now % 1
         if int(now) != self.second:
             self.second, self.date = int(now), time.ctime(now)
             reopen_log(self.config)                     # logrotate may have moved it
             utc = time.asctime(time.gmtime(now))
             day = utc[8:10].replace(' ', '0')
-            self.response.date = f'Date: {utc[:3]}, {day} {utc[4:7]} {utc[20:]} {utc[11:19]} GMT\r\n'.encode()
+            date = f'Date: {utc[:3]}, {day} {utc[4:7]} {utc[20:]} {utc[11:19]} GMT\r\n'
+            self.response.date, self.usual_end = date.encode(), f'{date}Server: minuwsgi\r\n\r\n'
 
     # -- several listeners, HTTP, threads
 
@@ -1976,21 +2222,23 @@ class Core:
         """Stands in for accept(): (descriptor, address) of the next connection that speaks uwsgi. HTTP is
         served meanwhile."""
         worker = self.worker
+        claim = worker.connections.pop                  # whoever has it from there, alone uses it
         most = 1 if self.config.threads > 1 else 64     # threads must not hoard what others could do
         while True:
             busy = False
             while self.ready:
                 fd, _ = self.ready.pop()
-                if fd == worker.stop_read:
-                    time.sleep(0.01)                    # it stays readable, for all threads to see
+                connection = claim(fd, None)
+                if connection is not None:
+                    busy = True
+                    self.serve_http(connection)
                     continue
-                busy = True
                 listener = worker.listeners.get(fd)
                 if listener is None:
-                    connection = worker.connections.get(fd)
-                    if connection is not None:
-                        self.serve_http(connection)
+                    if fd == worker.stop_read:
+                        time.sleep(0.01)                # it stays readable, for all threads to see
                     continue
+                busy = True
                 try:
                     new, address = listener.socket._accept()
                 except BlockingIOError:                 # another worker was faster
@@ -2003,87 +2251,130 @@ class Core:
 
     def serve_http(self, connection):
         """Read what came, and answer each request whose head is whole."""
-        fd, data, deadline = connection.fd, connection.data, connection.deadline
-        connection.deadline = math.inf                  # not silent: it is being served
+        data = connection.data
         try:
-            new = os.read(fd, READ_MAX)
-        except BlockingIOError:
-            return self.worker.park(connection, deadline)
+            new = os.read(connection.fd, READ_MAX)
+        except BlockingIOError:                         # nothing, but a request may have come with an earlier one
+            if not data:
+                return self.worker.park(connection)
         except OSError:
-            new = b''
-        if not new:
             return self.worker.forget(connection)
-        if not data:                                    # a head begins: it has socket-timeout in all
-            deadline = time.monotonic() + self.config.socket_timeout
-        connection.data = data = data + new
+        else:
+            if not new:
+                return self.worker.forget(connection)
+            if not data:                                # a head begins: it has socket-timeout in all
+                connection.deadline = time.monotonic() + self.config.socket_timeout
+            data += new
         while data:
+            if data[:2] == b'\r\n':                     # some clients end a body so
+                data = data.lstrip(b'\r\n')
+                continue
             end = data.find(b'\r\n\r\n')
-            if end < 0 and len(data) <= HEAD_MAX and (len(data) <= LINE_MAX or b'\r\n' in data[:LINE_MAX]):
-                return self.worker.park(connection, deadline)
+            if end < 0 and len(data) <= HEAD_MAX and not hopeless(data):
+                break
             if not self.http_request(connection, data, end):
                 return None
             data = connection.data
-        return self.worker.park(connection, time.monotonic() + self.config.http_timeout)
+        connection.data = data
+        return self.worker.park(connection)
 
     def http_request(self, connection, data, end):
         """Answer one request; False when the connection isn't ours any more."""
         fd, response, numbers = connection.fd, self.response, self.row.numbers
         numbers[STARTED] = began = time.monotonic()
-        self.tell_time()
-        self.row.memory[:min(512, end)] = data[:min(512, end)] if end > 0 else b''
-        environ, job, body = connection.environ.copy(), None, None
-        response.fd, response.status, response.blocking = fd, None, False
-        response.http, response.end, response.chunked, response.keep = 'HTTP/1.1', '', False, False
+        first = data[:512]
+        self.row.memory[:len(first)] = first
+        if began >= self.next_second:
+            self.tell_time()
+        job = body = None
+        response.fd, response.status, response.blocking, response.head_only = fd, None, False, False
+        response.http, response.end, response.keep = 'HTTP/1.1', self.usual_end, not self.worker.stopping
         response.has_date = response.has_server = False
         try:
-            if not 0 <= end <= HEAD_MAX:
-                line = b'\r\n' not in data[:LINE_MAX]
-                raise BadRequest('the head is too long', '414 URI Too Long' if line else
-                                 '431 Request Header Fields Too Large')
-            parse_head(data[:end], environ)
-            response.http = protocol = environ['SERVER_PROTOCOL']
-            wish = environ.get('HTTP_CONNECTION')
-            keep = protocol == 'HTTP/1.1' if wish is None else 'close' not in wish.lower() and (
-                protocol == 'HTTP/1.1' or 'keep-alive' in wish.lower())
-            response.keep = keep and not self.worker.stopping
-            response.head_only = environ['REQUEST_METHOD'] == 'HEAD'
-            rest = data[end + 4:]
-            if 'CONTENT_LENGTH' in environ or 'HTTP_TRANSFER_ENCODING' in environ:
-                body = self.open_body(environ, fd, rest)
-                if body is not None and environ.get('HTTP_EXPECT', '').lower() == '100-continue':
-                    body.wants_continue = not rest
-                rest = rest[int(environ.get('CONTENT_LENGTH', '0')):] if body is None else b''
-            connection.data = rest
-
+            # A client mostly sends the same header lines again: then only the target is read, -4 us of 17.
+            line_end = data.find(b'\r\n') - 9           # where ' HTTP/1.1' begins
+            usual = data[line_end:end] == connection.fields and data[:5] == b'GET /' and response.keep
+            if usual:
+                target = data[4:line_end].decode('latin-1')
+                path, _, query = target.partition('?')
+                usual = target.isprintable() and not (' ' in target or '#' in target or '%' in path) and line_end < LINE_MAX
+            if usual:
+                environ = connection.again()
+                environ['REQUEST_URI'] = target
+                environ['PATH_INFO'] = path
+                environ['QUERY_STRING'] = query
+                connection.data = data[end + 4:]
+            else:
+                environ = connection.environ.copy()
+                body = self.open_request(connection, environ, data, end)
             result = self.application(environ, response.start_response)
-            if type(result) is list and len(result) == 1 and response.length == len(result[0]) < SMALL \
-                    and not response.sent:
+            if usual and type(result) is list and len(result) == 1 and response.length == len(result[0]) < SMALL \
+                    and not (response.sent or response.has_date or response.has_server):
+                response.sent = True
                 response.size = response.length
-                response.send([response.take_head() + result[0]])
+                answer = response.head + result[0]
+                try:
+                    sent = os.write(fd, answer)
+                except BlockingIOError:
+                    sent = 0
+                except ConnectionError:
+                    raise ClientGone(0, 'before the response') from None
+                if sent < len(answer):
+                    job = run_a_while(fd, send_chunks(fd, [answer[sent:]], response.patience))
             else:
                 job = response.finish(result)
-            if body is not None and not body.left:
-                connection.data = bytes(body.begun)     # a request that came behind a chunked body
         except BaseException as error:
             self.failed(error)
-        keep, ending = response.keep, response.ending
-        clear = job is None and not ending and (body is None or not body.left)
+        keep = response.keep
+        if body is not None and not body.left:
+            connection.data = body.behind()
+        if not keep and connection.data and not response.ending:
+            response.ending = 'drain'                   # it has sent requests that nobody takes
+        clear = job is None and not response.ending and (body is None or not body.left)
         if not clear:
             self.worker.lend(connection)
             self.let_go(fd, job, body, self.worker.take_back(connection) if keep else close_after)
         elif not keep:
             self.worker.forget(connection)
-        took = time.monotonic() - began
+        now = time.monotonic()
+        if clear and keep:                              # else it isn't ours any more
+            connection.deadline = now + (self.config.socket_timeout if connection.data else self.config.http_timeout)
         self.requests += 1
         numbers[REQUESTS] = self.requests
-        numbers[BUSY] += took
+        numbers[BUSY] += now - began
         if self.worker.logging:
-            self.log_request(environ, len(environ) - len(connection.environ), max(end, 0) + 4, took)
-        response.sent, response.size, response.end, response.http = False, 0, '\r\n', False
+            self.log_request(environ, len(environ) - len(connection.environ), max(end, 0) + 4, now - began)
+        response.sent, response.size, response.end, response.http, response.chunked = False, 0, '\r\n', False, False
+        response.body = None
         numbers[STARTED] = 0.0
         if self.requests >= self.worker.limit:
             self.worker.check_limits(self.requests)
         return clear and keep
+
+    def open_request(self, connection, environ, data, end):
+        """Read a head into environ and prepare the response; the Body, unless all of it is here."""
+        response = self.response
+        response.head_only = data[:5] == b'HEAD '
+        if not 0 <= end <= HEAD_MAX:
+            raise BadRequest(*hopeless(data) or ('the head is too long', '431 Request Header Fields Too Large'))
+        parse_head(data[:end], environ)
+        response.http = environ['SERVER_PROTOCOL']
+        response.keep = response.keep and keeps(environ)
+        if self.worker.trusted and self.worker.trusts(environ['REMOTE_ADDR']):
+            client_address(environ, self.worker.trusted)
+        connection.data = data[end + 4:]
+        if 'CONTENT_LENGTH' not in environ and 'HTTP_TRANSFER_ENCODING' not in environ:
+            if response.keep and response.http == 'HTTP/1.1' and environ['REQUEST_METHOD'] == 'GET' \
+                    and environ['REQUEST_URI'][0] == '/':
+                connection.fields, connection.again = data[data.find(b'\r\n') - 9:end], environ.copy().copy
+            return None
+        rest, connection.data = connection.data, b''
+        body = response.body = self.open_body(environ, response.fd, rest)
+        if body is None:
+            connection.data = rest[int(environ.get('CONTENT_LENGTH', '0')):]
+        elif not rest and response.http == 'HTTP/1.1':
+            body.wants_continue = environ.get('HTTP_EXPECT', '').lower() == '100-continue'
+        return body
 
 
 class Harakiri(BaseException):
@@ -2097,7 +2388,8 @@ class Worker:
         self.config, self.application, self.rows, self.total = config, application, rows, total
         self.number, self.master = number, master       # master: its pid, or None without one
         self.listeners = {listener.socket.fileno(): listener for listener in listeners}
-        self.connections = {}                           # HTTP: descriptor -> Connection
+        self.connections = {}                           # HTTP: descriptor -> Connection that waits; who serves
+                                                        # one has taken it out, so that nobody else closes it
         self.stopping = False
         self.closing_at = 0.0                           # when a stopping worker leaves its kept connections
         self.waiting = None                             # at a stop: the listener, for those who wait already
@@ -2117,6 +2409,7 @@ class Worker:
             self.limit = self.most = config.max_requests + delta
         if config.reload_on_rss or config.reload_on_as:
             self.limit = 0
+        self.trusted = config.trust_proxy
 
     @property
     def offloader(self):
@@ -2197,8 +2490,8 @@ class Worker:
 
     def on_stop(self, number, _):
         """SIGTERM: everything ends, serve what waits. SIGHUP, SIGIO (the master died): others serve it."""
-        self.stopping = True
-        self.closing_at = time.monotonic() + 1
+        if not self.stopping:                           # the master repeats its signal
+            self.stopping, self.closing_at = True, time.monotonic() + 1
         if self.poll is not None:
             os.write(self.stop_write, b'.')
         for fd, listener in self.listeners.items():
@@ -2208,10 +2501,7 @@ class Worker:
                     self.waiting.setblocking(False)     # for all that share it: they stop too
                 os.dup2(self.dead_end, fd, inheritable=False)
             elif number != signal.SIGTERM:
-                try:
-                    self.poll.unregister(fd)
-                except OSError:                         # the signal came twice
-                    pass
+                self.unwatch(fd)
 
     def must_stop(self, error):
         """After a failed accept(): is it because of a stop? Otherwise wait until it may go better."""
@@ -2219,7 +2509,11 @@ class Worker:
             return True
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
             log(f'worker {self.number}: accept: {error.strerror}')
-            time.sleep(0.1)
+            idle = sorted(connection.deadline for connection in list(self.connections.values()) if not connection.data)
+            if idle:                                    # make room: a part of those that are silent the longest
+                self.close_connections(lambda c: not c.data and c.deadline <= idle[len(idle) // 4])
+            else:
+                time.sleep(0.1)
         elif error.errno == errno.EAGAIN:               # workers with several sockets made it non-blocking
             select.select(list(self.listeners), [], [])
         elif error.errno != errno.ECONNABORTED:
@@ -2265,7 +2559,7 @@ class Worker:
         for fd, listener in self.listeners.items():
             listener.socket.setblocking(False)
             self.poll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)      # wakes one process, not all
-        self.event = select.EPOLLIN | (select.EPOLLONESHOT if self.config.threads > 1 else 0)
+        self.one_shot = select.EPOLLONESHOT if self.config.threads > 1 else 0
 
     def poll_timeout(self):
         if self.stopping:
@@ -2277,28 +2571,25 @@ class Worker:
         environ = dict(template, SERVER_NAME=listener.host, SERVER_PORT=listener.port, REMOTE_ADDR='', REMOTE_PORT='')
         if type(address) is tuple:
             environ.update(REMOTE_ADDR=address[0], REMOTE_PORT=str(address[1]))
-        connection = Connection(fd, listener, environ, time.monotonic() + self.config.socket_timeout)
-        self.connections[fd] = connection
-        return connection
+        return Connection(fd, environ, time.monotonic() + self.config.http_timeout)
 
-    def park(self, connection, deadline):
-        """Wait for more from the client, until the deadline, without a thread that waits."""
-        connection.deadline = deadline
-        if not connection.parked:
-            connection.parked = True
-            self.poll.register(connection.fd, self.event)
-        elif self.config.threads > 1:
-            self.poll.modify(connection.fd, self.event)
+    def park(self, connection, events=select.EPOLLIN):
+        """Wait for more from the client without a thread that waits, until connection.deadline."""
+        fd = connection.fd
+        self.connections[fd] = connection               # first: the event may come to another thread at once
+        if connection.events != events:
+            known, connection.events = connection.events, events
+            (self.poll.modify if known else self.poll.register)(fd, events | self.one_shot)
+        elif self.one_shot:
+            self.poll.modify(fd, events | self.one_shot)
 
     def forget(self, connection):
-        del self.connections[connection.fd]
         os.close(connection.fd)                         # epoll forgets it too
 
     def lend(self, connection):
         """The connection belongs to a job now."""
-        del self.connections[connection.fd]
-        if connection.parked:
-            connection.parked = False
+        if connection.events:
+            connection.events = 0
             self.poll.unregister(connection.fd)
 
     def take_back(self, connection):
@@ -2306,25 +2597,48 @@ class Worker:
         def done(fd, ok):
             if not ok:
                 return close_hard(fd)
-            self.connections[fd] = connection
-            return self.park(connection, time.monotonic() + self.config.http_timeout)
+            connection.deadline = time.monotonic() + self.config.http_timeout
+            # A request that has come already brings no event any more; that there is room to write is one.
+            return self.park(connection, select.EPOLLIN | (select.EPOLLOUT if connection.data else 0))
         return done
 
+    def trusts(self, address):
+        """Is this a proxy whose X-Forwarded-For counts?"""
+        from ipaddress import ip_address
+        return bool(address) and any(ip_address(address) in network for network in self.trusted)
+
     def look_at_time(self, busy):
-        """Once a second: close connections whose time is up. At a stop: end when nothing more comes."""
+        """Once a second: close connections whose time is up. At a stop: leave when nothing more comes."""
         now = time.monotonic()
-        if self.stopping and (now > self.closing_at or not busy and not self.connections):
-            for connection in list(self.connections.values()):
-                if connection.deadline < math.inf:
-                    self.forget(connection)
-            raise OSError(errno.ENOTSOCK, 'told to stop')
-        if now - self.swept < 1:
-            return
-        self.swept = now
-        for connection in [c for c in list(self.connections.values()) if c.deadline < now]:
+        if self.stopping and now > self.closing_at:     # enough of new ones
+            for fd in self.listeners:
+                self.unwatch(fd)
+        if self.stopping and not busy:
+            if now > self.closing_at:                   # who is in the middle of a head may end it
+                self.close_connections(lambda connection: not connection.data)
+            if not self.connections:
+                raise OSError(errno.ENOTSOCK, 'told to stop')
+        if now - self.swept >= 1:
+            self.swept = now
+            self.close_connections(lambda connection: connection.deadline < now)
+
+    def unwatch(self, fd):
+        try:
+            self.poll.unregister(fd)
+        except OSError:                                 # it was already
+            pass
+
+    def close_connections(self, condition):
+        for fd in [fd for fd, connection in list(self.connections.items()) if condition(connection)]:
+            connection = self.connections.pop(fd, None)
+            if connection is None:                      # another thread was faster
+                continue
+            if not condition(connection):               # and this is a new one with the same descriptor
+                self.park(connection, connection.events)
+                continue
             if connection.data:
                 try:
-                    os.write(connection.fd, plain_answer('408 Request Timeout', 'the head took too long'))
+                    os.write(fd, plain_answer('408 Request Timeout', 'the head took too long'))
                 except OSError:
                     pass
             self.forget(connection)
@@ -2364,9 +2678,8 @@ def load_application(config):
         default = load_file(config.wsgi_file, config.callable)
     if default is None and not mounts:
         raise AppError('no application is named: set module = package.module:callable or wsgi-file = FILE')
-    if not mounts:
-        return default
-    return mounted(mounts, mounts.pop('', default), config.manage_script_name)
+    application = mounted(mounts, mounts.pop('', default), config.manage_script_name) if mounts else default
+    return with_static_files(config, application)
 
 
 def load_spec(spec, config):
