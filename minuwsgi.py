@@ -1427,7 +1427,7 @@ class Response:
         """The head as bytes, to be sent now with what comes first."""
         if self.status is None:
             raise AssertionError("the application didn't call start_response()")
-        self.sent = True
+        self.sent, self.size = True, 0
         if not self.http:
             return self.head
         head = self.head[:-len(self.end)]               # what HTTP adds has to be found out now
@@ -2109,8 +2109,7 @@ class Core:
         """The one place where the exceptions of a request end."""
         response, numbers = self.response, self.row.numbers
         if isinstance(error, ClientGone):
-            if response.status is None:
-                response.status = '499'
+            response.status = '499'
             if error.errno:
                 log(f'{self.row.request()}: {error.strerror}')
             if response.sent:
@@ -2396,6 +2395,8 @@ class Worker:
         self.offloaders = [Offloader() for _ in range(max(1, config.offload_threads))]
         self.poll = self.stop_read = None
         self.swept = 0.0
+        self.dead_end, other_end = os.pipe()            # what takes the place of a listener
+        os.close(other_end)
         self.logging = not config.disable_logging or any((
             config.log_4xx, config.log_5xx, config.log_slow, config.log_zero, config.log_big))
         self.log_fd = 2
@@ -2418,8 +2419,6 @@ class Worker:
 
     def run(self):
         """Serve until told to stop."""
-        self.dead_end, other_end = os.pipe()
-        os.close(other_end)
         cores = [Core(self, i) for i in range(self.config.threads)]
         listener, *others = self.listeners.values()
         if others or len(cores) > 1 or listener.protocol != 'uwsgi':
@@ -2490,13 +2489,15 @@ class Worker:
 
     def on_stop(self, number, _):
         """SIGTERM: everything ends, serve what waits. SIGHUP, SIGIO (the master died): others serve it."""
-        if not self.stopping:                           # the master repeats its signal
-            self.stopping, self.closing_at = True, time.monotonic() + 1
+        if self.stopping:                               # the master repeats it, to interrupt accept()
+            return
+        self.stopping = True
+        self.closing_at = time.monotonic() + 1
         if self.poll is not None:
             os.write(self.stop_write, b'.')
         for fd, listener in self.listeners.items():
             if self.poll is None:
-                if number == signal.SIGTERM and self.waiting is None:
+                if number == signal.SIGTERM:
                     self.waiting = listener.socket.dup()
                     self.waiting.setblocking(False)     # for all that share it: they stop too
                 os.dup2(self.dead_end, fd, inheritable=False)
@@ -2533,7 +2534,7 @@ class Worker:
             log(f'worker {self.number} (pid {os.getpid()}) leaves: {why}')
             self.tell_master(LEAVING)
             if not self.master:
-                self.on_stop()
+                self.on_stop(signal.SIGTERM, None)
 
     def check_limits(self, requests):
         """Between requests: is it time for a successor? How many requests until the next look."""
