@@ -117,6 +117,15 @@ OPTIONS = (
     ('daemonize -d', filename, None, 'go to the background, log to this file'),
     ('logto', filename, None, 'log to this file'),
     ('disable-logging -L', flag, False, 'no log line for each request'),
+    'Other languages',
+    ('worker-exec', anything, None, 'each worker becomes this command, with the socket as its descriptor 0'),
+    ('rack', filename, None, 'serve this Ruby application, such as config.ru'),
+    ('psgi', filename, None, 'serve this Perl application, such as app.psgi'),
+    ('cgi', anything, (), 'run programs: /prefix=/directory, /prefix=/file or /directory'),
+    ('cgi-helper', anything, (), '.ext=command that runs programs with this extension'),
+    ('cgi-allowed-ext', word, (), 'run nothing with another extension than .ext'),
+    ('cgi-index', word, (), 'the program for a directory, such as index.cgi'),
+    ('cgi-timeout', positive, 60, 'seconds that a CGI program may be silent until it is killed'),
     'Configuration',
     ('ini', filename, (), 'read this file, or file:section'),
     ('set -S', anything, (), 'NAME=value: an option, or a variable for %(NAME)'),
@@ -711,7 +720,7 @@ def owner(names):
 
 PACKET_MAX = 4 + 0xffff                 # the largest packet, without its body
 PING, PONG = 100, b'\x64\0\0\1'         # modifier1 of a health check, and its answer
-WSGI, WSGI_STRIP = 0, 30                # 30: PATH_INFO begins with SCRIPT_NAME, which is taken off
+WSGI, CGI, WSGI_STRIP = 0, 9, 30        # 30: PATH_INFO begins with SCRIPT_NAME, which is taken off
 
 
 class BadRequest(Exception):
@@ -1362,6 +1371,338 @@ def trimmed(chunks, size):
 
 
 # ---------------------------------------------------------------------------------------------
+# 7b. Other languages
+#
+# Any program can be the worker of a master that owns the socket: with `worker-exec` each worker
+# becomes a command that finds the listening socket at its descriptor 0. php-cgi speaks FastCGI there,
+# a Go program what it likes. For Ruby and Perl the program stands here: the protocol of part 4 in two
+# other languages. Both read a body whole, a large one into a file, before they call the application;
+# so no byte is left unread that would reset the connection. The master stops them by SIGTERM, which
+# they heed between two requests.
+
+RACK = r'''
+require 'rack'; require 'socket'; require 'stringio'; require 'tempfile'
+app = [Rack::Builder.parse_file($0 = File.expand_path(ARGV[0]))].flatten.first     # Rack 2: [app, options]
+ERROR = "HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n"
+server, (stop, tell) = Socket.for_fd(0), IO.pipe
+trap(:TERM) { tell.write_nonblock('.', exception: false) }
+until IO.select([server, stop])[0].include? stop
+  client, = server.accept_nonblock(exception: false)
+  next if client == :wait_readable                              # another worker was faster
+  begin
+    start, body, input = ERROR, nil, nil
+    modifier, size = client.read(4).to_s.unpack('Cv')
+    next unless size && modifier < 32 && (block = client.read(size).to_s).bytesize == size
+    block, env = StringIO.new(block), { 'SCRIPT_NAME' => '' }
+    until block.eof?
+      name, value = Array.new(2) { block.read(block.read(2).unpack1('v')) }
+      first = name.start_with?('HTTP_') && env[name]            # a header that comes twice
+      env[name] = first ? first + (name == 'HTTP_COOKIE' ? '; ' : ', ') + value : value
+    end
+    env.delete_if { |key, text| key == 'HTTP_PROXY' || text.empty? && key.start_with?('CONTENT_') }
+    length = env['CONTENT_LENGTH'].to_i
+    input = (length > 65_536 ? Tempfile.new.tap(&:unlink) : StringIO.new(String.new)).binmode
+    next if IO.copy_stream(client, input, length) < length || input.rewind > 0      # the client left
+    env.update('rack.version' => [1, 3], 'rack.input' => input, 'rack.errors' => $stderr, 'rack.run_once' => false,
+               'rack.multithread' => false, 'rack.multiprocess' => true,
+               'rack.url_scheme' => env['HTTPS'] == 'on' ? 'https' : env['REQUEST_SCHEME'] || 'http')
+    status, headers, body = app.call(env)
+    lines = headers.flat_map do |key, text|                     # several values: lines in Rack 2, an array in Rack 3
+      [text].flatten.join("\n").lines.map { |line| "#{key}: #{line.delete "\r\n"}\r\n" }
+    end
+    start = "HTTP/1.1 #{status} #{Rack::Utils::HTTP_STATUS_CODES[status.to_i]}\r\n#{lines.join}\r\n"
+    send = ->(part) { head, start = start, ''; client.write(head, part) }
+    body.respond_to?(:each) ? body.each(&send) : (send.(''); body.call(client)) if env['REQUEST_METHOD'] != 'HEAD'
+    send.('') unless start.empty?
+  rescue Exception => error
+    warn error.full_message(highlight: false) unless start.empty? && error.is_a?(Errno::EPIPE)
+    client.write(ERROR) rescue nil unless start.empty?
+  ensure
+    [body, input, client].each { |thing| thing.close if thing.respond_to? :close rescue warn $!.full_message }
+  end
+end
+'''
+
+PSGI = r'''
+use strict; use warnings; use Carp 'longmess'; use HTTP::Status 'status_message'; use Plack::Util;
+my $app = Plack::Util::load_psgi($0 = shift);
+my ($client, $start, $head_only, $trace, $stop);
+$SIG{TERM} = sub { $stop = 1 }; $SIG{PIPE} = 'IGNORE'; $SIG{__DIE__} = sub { $trace = longmess(@_) };
+sub request { my ($head, $block, $memory, $data, %env);         # the packet and the body -> the environment
+    my ($modifier, $size) = unpack 'Cv', read($client, $head, 4) ? $head : '';
+    return unless $size && $modifier < 32 && read($client, $block, $size) == $size;
+    my @fields = unpack '(v/a)*', $block;
+    while (my ($name, $value) = splice @fields, 0, 2) {
+        my $again = $name =~ /^HTTP_/ && exists $env{$name};    # a header that comes twice
+        $env{$name} = $again ? join $name eq 'HTTP_COOKIE' ? '; ' : ', ', $env{$name}, $value : $value;
+    }
+    delete $env{HTTP_PROXY}; my $left = $env{CONTENT_LENGTH} || 0;
+    open my $input, '+>', $left > 65_536 ? undef : \$memory or die "no temporary file: $!";
+    while ($left > 0) { $left -= read($client, $data, $left < 8192 ? $left : 8192) || return; print $input $data }
+    seek $input, 0, 0;
+    return { SCRIPT_NAME => '', PATH_INFO => '', %env, 'psgi.version' => [1, 1], 'psgi.run_once' => '',
+        'psgi.input' => $input, 'psgix.input.buffered' => 1, 'psgi.errors' => \*STDERR, 'psgi.multithread' => '',
+        'psgi.multiprocess' => 1, 'psgi.nonblocking' => '', 'psgi.streaming' => 1,
+        'psgi.url_scheme' => ($env{HTTPS} || '') eq 'on' ? 'https' : $env{REQUEST_SCHEME} || 'http' };
+}
+sub part {                                                      # send the head, if it wasn't, and some of the body
+    (my $data, $start) = ($head_only ? $start : $start . $_[0], '');
+    while (length $data) { substr $data, 0, syswrite($client, $data) // ($!{EINTR} ? 0 : die \'the client left'), '' }
+}
+sub respond { my ($status, $headers, $body) = @{$_[0]};
+    my $head = "HTTP/1.1 $status " . (status_message($status) // '');
+    Plack::Util::header_iter($headers, sub { $head .= "\r\n$_[0]: " . $_[1] =~ tr/\r\n//dr });
+    $start = "$head\r\n\r\n";
+    Plack::Util::foreach($body, \&part) if $body;
+    part('') if !$body || length $start;
+    return Plack::Util::inline_object(write => \&part, close => sub {});
+}
+until ($stop) {
+    accept $client, STDIN or $!{EINTR} ? next : die "accept: $!";
+    my $env = request() or next;
+    ($start, $head_only) = ("HTTP/1.1 500 Internal Server Error\r\n\r\n", $env->{REQUEST_METHOD} eq 'HEAD');
+    next if eval { my $answer = $app->($env); ref $answer eq 'CODE' ? $answer->(\&respond) : respond($answer); 1 };
+    print STDERR $trace unless ref $@ eq 'SCALAR'; eval { part('') } if length $start;
+} continue { close $client if $client }
+'''
+
+
+def worker_command(config):
+    """The command that each worker becomes, as a list; None where the workers serve Python."""
+    import shlex
+    if config.rack:
+        return ['ruby', '-e', RACK, config.rack]
+    if config.psgi:
+        return ['perl', '-e', PSGI, config.psgi]
+    return shlex.split(config.worker_exec or '') or None
+
+
+def become(command, sockets):
+    """Execute a command in the place of this process. The sockets are its descriptors 3, 4 and so on, as
+    sd_listen_fds(3) has it, and the first of them is 0 too. Comes back only if that fails."""
+    import ctypes
+    import fcntl
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)          # PR_SET_PDEATHSIG: when the master dies, however it dies
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:    # what Python ignores stays ignored
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # comes from a terminal to the whole group: the master decides
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    free = [fcntl.fcntl(socket, fcntl.F_DUPFD_CLOEXEC, 3 + len(sockets)) for socket in sockets]
+    for target, fd in enumerate(free, 3):
+        os.set_blocking(fd, True)
+        os.dup2(fd, target)
+    os.dup2(free[0], 0)
+    os.environ.update(LISTEN_FDS=str(len(free)), LISTEN_PID=str(os.getpid()))
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        log(f"minuwsgi: can't execute {command[0]}: {error.strerror}")
+
+
+# CGI (RFC 3875) is a WSGI application that runs a program for each request, and streams in both
+# directions at once. The program leads a process group, which is killed when the client leaves or the
+# program is silent for too long.
+
+class CgiFailed(Exception):
+    """A CGI program gives no proper answer: the status for the client, and why."""
+
+
+def cgi_application(config, fallback):
+    """A WSGI application that runs the programs of `cgi`, and leaves what isn't there to fallback (or None)."""
+    import shlex
+    mounts = []
+    for item in config.cgi:
+        mount, equals, target = item.partition('=')
+        mounts.append((mount.rstrip('/') if equals else '', os.path.realpath(target if equals else item)))
+    mounts.sort(key=lambda mount: -len(mount[0]))
+    helpers = {extension: shlex.split(command)
+               for extension, _, command in (item.partition('=') for item in config.cgi_helper)}
+
+    def application(environ, start_response):
+        path = os.fsdecode((environ['SCRIPT_NAME'] + environ['PATH_INFO']).encode('latin-1'))
+        mount, root = next((each for each in mounts if (path + '/').startswith(each[0] + '/')), ('', None))
+        found = root and find_script(root, path[len(mount):], config.cgi_index)
+        if not found:
+            return fallback(environ, start_response) if fallback else in_words(
+                start_response, '404 Not Found', 'there is no such program')
+        file, name, info = found
+        if os.path.isdir(file):
+            return add_slash(environ, start_response, path)
+        helper = helpers.get(os.path.splitext(file)[1], [])
+        if why := forbidden(file, root, helper, config.cgi_allowed_ext):
+            log(f'{file}: {why}')
+            return in_words(start_response, '403 Forbidden', why)
+        if environ.get('HTTP_TRANSFER_ENCODING'):
+            return in_words(start_response, '411 Length Required', 'a CGI program needs the length of the body')
+        variables = cgi_variables(environ, root, file, mount + name, info)
+        return run_cgi([*helper, file], variables, environ['wsgi.input'], config.cgi_timeout, start_response)
+    return application
+
+
+def in_words(start_response, status, why, *headers):
+    text = f'{status}: {why}\n'.encode()
+    start_response(status, [*headers, ('Content-Type', 'text/plain; charset=utf-8'), ('Content-Length', str(len(text)))])
+    return [text]
+
+
+def find_script(root, path, index):
+    """(file, the part of path that names it, the rest) in a directory, or for root itself if that is a file.
+    A directory stands for itself where only the slash at its end is missing."""
+    if '\0' in path or '..' in path.split('/'):
+        return None
+    file, at = root, 0
+    while at < len(path) and os.path.isdir(file):
+        end = path.find('/', at + 1) if '/' in path[at + 1:] else len(path)
+        file, at = os.path.join(file, path[at + 1:end]), end
+    if os.path.isdir(file):
+        for name in index:
+            if os.path.isfile(os.path.join(file, name)):
+                return (os.path.join(file, name), path + name, '') if path[-1:] == '/' else (file, path, '')
+        return None
+    return (file, path[:at], path[at:]) if os.path.isfile(file) else None
+
+
+def add_slash(environ, start_response, path):
+    from urllib.parse import quote
+    query = environ['QUERY_STRING']
+    where = quote('/' + path.lstrip('/')) + '/' + (query and '?' + query)
+    return in_words(start_response, '301 Moved Permanently', where, ('Location', where))
+
+
+def forbidden(file, root, helper, extensions):
+    """Why a program must not be run, or None."""
+    real = os.path.realpath(file)
+    if real != root and not real.startswith(root.rstrip('/') + '/'):
+        return 'the link leads out of the directory'
+    if extensions and not file.endswith(extensions):
+        return 'cgi-allowed-ext does not allow this extension'
+    if not helper and not os.access(file, os.X_OK):
+        return 'the file is not executable, and there is no cgi-helper for its extension'
+    return None
+
+
+def cgi_variables(environ, root, file, name, info):
+    """The environment of a CGI program: the server's own and the request's."""
+    variables = dict(os.environ)
+    variables.update((key, value.encode('latin-1')) for key, value in environ.items()
+                     if type(value) is str and '.' not in key)
+    documents = variables.setdefault('DOCUMENT_ROOT', root.encode())
+    variables.update(GATEWAY_INTERFACE='CGI/1.1', SERVER_SOFTWARE=f'minuwsgi/{__version__}', REDIRECT_STATUS='200',
+                     SCRIPT_NAME=name, SCRIPT_FILENAME=file, PATH_INFO=info,
+                     PATH_TRANSLATED=info and os.fsdecode(documents) + info)
+    for key in ('PATH_INFO', 'PATH_TRANSLATED', 'CONTENT_LENGTH', 'CONTENT_TYPE'):
+        if not variables.get(key):
+            variables.pop(key, None)
+    variables.pop('HTTP_PROXY', None)                   # a header must not steer the clients within the program
+    return variables
+
+
+def run_cgi(command, variables, body, seconds, start_response):
+    """Run a program for one request: yields the body of its answer."""
+    import subprocess
+    try:
+        process = subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables,
+                                   cwd=os.path.dirname(command[-1]), start_new_session=True)
+    except OSError as error:
+        log(f"can't run {' '.join(command)}: {error.strerror}")
+        yield from in_words(start_response, '502 Bad Gateway', 'the program could not be started')
+        return
+    begun = False
+    try:
+        output = cgi_output(process, body, start_response.__self__.fd, seconds)
+        status, headers, rest = cgi_head(output)
+        begun = True
+        start_response(status, headers)
+        yield rest
+        yield from output
+        if process.wait(1):
+            log(f'{command[-1]}: exit status {process.returncode}')
+        if process.returncode < 0:
+            raise CgiFailed('502 Bad Gateway', 'died before its end')
+    except CgiFailed as error:
+        status, why = error.args
+        log(f'{command[-1]}: the program {why}')
+        if begun:
+            raise ClientGone(0, why) from None          # cuts the connection
+        yield from in_words(start_response, status, f'the program {why}')
+    except subprocess.TimeoutExpired:                   # it closed its output and goes on
+        pass
+    finally:
+        if process.returncode is None:                  # not yet reaped, so the pid is still its own
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+def cgi_output(process, body, client, seconds):
+    """Yields what a program writes, and feeds it the body meanwhile."""
+    into, out, pending = process.stdin.fileno(), process.stdout.fileno(), b''
+    os.set_blocking(into, False)
+    raw, feeding, poll = getattr(body, 'raw', None), True, select.poll()
+    poll.register(out, select.POLLIN)
+    while True:
+        if feeding and not pending and (raw is None or raw.begun or raw.wants_continue or not raw.left):
+            pending = body.read(READ_MAX) if raw is None else body.read1(READ_MAX)
+            feeding = bool(pending)
+        if feeding:
+            poll.register(into, select.POLLOUT if pending else 0)
+        elif not process.stdin.closed:
+            poll.unregister(into)
+            process.stdin.close()
+        poll.register(client, select.POLLIN if feeding and not pending else 0)
+        events = dict(poll.poll(seconds * 1000))
+        if events.get(client, 0) & (select.POLLHUP | select.POLLERR):
+            raise ClientGone(0, 'during a CGI program')
+        if not events:
+            raise CgiFailed('504 Gateway Timeout', f'was silent for {seconds} s')
+        if client in events:
+            pending = body.read1(READ_MAX)
+            feeding = bool(pending)
+        if into in events:
+            feeding = not events[into] & select.POLLERR         # else it has closed its input
+            try:
+                pending = pending[os.write(into, pending):] if feeding else b''
+            except OSError:                             # just now; or one is full that wasn't
+                pass
+        if out in events:
+            data = os.read(out, READ_MAX)
+            if not data:
+                return
+            yield data
+
+
+def cgi_head(output):
+    """Read the head of a program's answer: (status, headers, what came of the body)."""
+    import http
+    import re
+    data, parts = b'', []
+    while len(parts) < 2:
+        chunk = next(output, b'')
+        data += chunk
+        parts = re.split(rb'\r?\n\r?\n', data, maxsplit=1)
+        if not chunk or len(data) - len(parts[-1]) > HEAD_MAX:
+            raise CgiFailed('502 Bad Gateway', 'ended without a head' if not chunk else 'sent too large a head')
+    status, headers = None, []
+    for line in parts[0].decode('latin-1').split('\n'):
+        name, colon, value = line.rstrip('\r').partition(':')
+        value = value.strip(' \t')
+        if not colon or not name or not TOKEN.issuperset(name) or '\r' in value or '\0' in value:
+            raise CgiFailed('502 Bad Gateway', f'sent {line[:80]!r} where a header is expected')
+        if name.lower() == 'status':
+            status = value
+        elif name.lower() not in HOP_BY_HOP:
+            headers.append((name, value))
+    if status is None:
+        status = '302 Found' if any(name.lower() == 'location' for name, _ in headers) else '200 OK'
+    if not (status[:3].isascii() and status[:3].isdecimal() and status[3:4] in ('', ' ') and status.isprintable()):
+        raise CgiFailed('502 Bad Gateway', f'sent the status {status[:80]!r}')
+    if status.isdecimal() and int(status) in iter(http.HTTPStatus):
+        status = f'{status} {http.HTTPStatus(int(status)).phrase}'
+    return status, headers, parts[1]
+
+
+# ---------------------------------------------------------------------------------------------
 # 8. Jobs and offload threads
 #
 # A client that reads slowly must not hold a worker. What is left to send is a job: a generator that
@@ -1548,7 +1889,7 @@ class Row:
     def request(self):
         """'GET /path' of the request that is, or was last, in the works."""
         size = 4 + int.from_bytes(self.memory[1:3], 'little')
-        if self.memory[0]:                              # the first line of a request over HTTP
+        if self.memory[0] > WSGI_STRIP:                 # the first line of a request over HTTP
             return ' '.join(self.memory[:512].split(b'\r\n')[0].decode('latin-1').split(' ')[:2])
         try:
             variables = dict(unpack_vars(self.memory[4:size]))
@@ -1688,7 +2029,7 @@ class Core:
                     response.head_only = False
                 else:
                     response.head_only = environ['REQUEST_METHOD'] == 'HEAD'
-                    if memory[0]:
+                    if memory[0] == WSGI_STRIP:
                         strip_script_name(environ)
                     if environ.get('CONTENT_LENGTH'):
                         body = self.open_body(environ, fd, memory[end:got])
@@ -1736,7 +2077,7 @@ class Core:
         if packet[0] == PING:
             os.write(fd, PONG)
             raise ClientGone(0, 'a ping')
-        if packet[0] not in (WSGI, WSGI_STRIP):
+        if packet[0] not in (WSGI, WSGI_STRIP) and not (packet[0] == CGI and self.config.cgi):
             if bytes(packet[:3]).isalpha():
                 raise BadRequest('this socket speaks the uwsgi protocol, and this is HTTP: in nginx use uwsgi_pass, '
                                  'not proxy_pass; for a browser use the option http-socket')
@@ -2143,7 +2484,10 @@ class AppError(Exception):
 
 
 def load_application(config):
-    """The WSGI application that the options name, with its mounts."""
+    """The WSGI application that the options name, with its mounts; or the command that workers become."""
+    command = worker_command(config)
+    if command:
+        return check_command(command, config)
     mounts = {}
     for mount in config.mount:
         prefix, equals, spec = mount.partition('=')
@@ -2155,11 +2499,26 @@ def load_application(config):
         default = load_module(config.module, config.callable)
     elif config.wsgi_file:
         default = load_file(config.wsgi_file, config.callable)
+    if config.cgi:
+        default = cgi_application(config, default)
     if default is None and not mounts:
         raise AppError('no application is named: set module = package.module:callable or wsgi-file = FILE')
     if not mounts:
         return default
     return mounted(mounts, mounts.pop('', default), config.manage_script_name)
+
+
+def check_command(command, config):
+    """Is the program there? For --check, and so before a reload: does it load its application?"""
+    import shutil
+    import subprocess
+    if shutil.which(command[0]) is None:
+        raise AppError(f'there is no program {command[0]}')
+    if config.check and (config.rack or config.psgi):
+        language, option, program, file = command
+        if subprocess.call([language, option, ''.join(program.splitlines(True)[:3]), file]):    # up to its `app =`
+            raise AppError(f'{file} failed to load')
+    return command
 
 
 def load_spec(spec, config):
@@ -2224,18 +2583,22 @@ def mounted(mounts, default, manage):
     return application
 
 
+SETTLED = 1.0                           # seconds after which a program counts as ready
+
+
 class Child:
     """A worker as the master sees it."""
 
-    def __init__(self, pid, number, rows, lifeline):
+    def __init__(self, pid, number, rows, lifeline, retire):
         self.pid, self.number, self.rows, self.lifeline = pid, number, rows, lifeline
+        self.retire = retire                            # the signal that lets it finish while others go on
         self.born = time.monotonic()
         self.old = rows is None                         # from before the reload: to be replaced
         self.kill_at = self.stop_at = math.inf          # deadlines: SIGKILL; repeat the stop
         self.stop_with = None                           # the signal that told it to stop
 
     def is_ready(self):
-        return self.rows is None or bool(self.rows[0].numbers[READY])
+        return self.rows is None or 0 < self.rows[0].numbers[READY] <= time.monotonic()
 
     def must_go(self):
         return self.old or bool(self.rows[0].numbers[LEAVING])
@@ -2251,6 +2614,7 @@ class Master:
         self.config, self.listeners, self.application = config, listeners, application
         self.arguments, self.start = arguments, start   # for the reload: the command line, and where it was given
         self.children = {}                              # pid -> Child
+        self.command = worker_command(config)
         self.free = [[Row() for _ in range(config.threads)] for _ in range(2 * config.processes + 2)]
         self.total = memoryview(mmap.mmap(-1, 4096)).cast('Q')
         self.stopping = 0                               # how often we were told to
@@ -2311,8 +2675,11 @@ class Master:
         log('stopping' + (' at once' if self.stopping > 1 else f", waiting for {', '.join(waited)}" if waited else ''))
 
     def tell_all(self, number):
-        for pid in self.children:
-            os.kill(pid, number)
+        for pid, child in self.children.items():
+            if child.retire == signal.SIGHUP:           # one of Python
+                os.kill(pid, number)
+            elif child.rows and number == signal.SIGUSR1:
+                child.rows[0].numbers[LEAVING] = 1      # others keep the log that they began with: replace them
 
     def tell_to_stop(self, child, number):
         """Ask a worker to end; repeat it, since the first may come just before its accept()."""
@@ -2362,13 +2729,15 @@ class Master:
                 starting = True
             elif fresh and fresh[0].is_ready():
                 for child in stale:
-                    self.tell_to_stop(child, signal.SIGHUP)
+                    self.tell_to_stop(child, child.retire)
         for child in self.children.values():            # the new configuration has fewer workers
             if child.number > self.config.processes and not child.stop_with and not starting:
-                self.tell_to_stop(child, signal.SIGHUP)
+                self.tell_to_stop(child, child.retire)
 
     def next_deadline(self):
         deadlines = [min(child.kill_at, child.stop_at) for child in self.children.values()]
+        deadlines += [child.rows[0].numbers[READY] for child in self.children.values() if not child.is_ready()
+                      and child.rows[0].numbers[READY]]
         missing = self.not_before > time.monotonic() and not self.stopping
         return min(deadlines + [self.not_before] * missing, default=math.inf)
 
@@ -2385,7 +2754,8 @@ class Master:
         pid = os.fork()
         if pid:
             os.close(lifeline)
-            self.children[pid] = Child(pid, number, rows, hold)
+            retire = signal.SIGTERM if self.command else signal.SIGHUP
+            self.children[pid] = Child(pid, number, rows, hold, retire)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             return
         status = 1
@@ -2403,6 +2773,11 @@ class Master:
         signal.set_wakeup_fd(-1)
         for fd in (self.signals, self.wake, *(child.lifeline for child in self.children.values())):
             os.close(fd)
+        if self.command:                                # it can't say when it is ready: when it has lived for a while
+            rows[0].numbers[READY] = time.monotonic() + SETTLED
+            os.kill(master, signal.SIGCHLD)
+            become(self.command, [listener.socket for listener in self.listeners])
+            return EXIT_NO_APP
         worker = Worker(self.config, self.listeners, self.application, rows, self.total, number, master)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL if number == signal.SIGQUIT else worker.on_other_signal)
@@ -2439,19 +2814,21 @@ class Master:
         """A worker ended: say why if nobody asked it to, and slow down if that comes again and again."""
         now = time.monotonic()
         os.close(child.lifeline)
-        self.ever_ready = self.ever_ready or child.is_ready()
+        self.ever_ready = self.ever_ready or any(c.is_ready() for c in (child, *self.children.values()))
         request, idle = child.request(now), child.rows is not None and not child.rows[0].numbers[REQUESTS]
+        if self.command:
+            idle = not child.is_ready()
         if child.rows is not None:
             self.free.append(child.rows)
         if child.stop_with:
             return
-        if code == EXIT_NO_APP and not self.ever_ready:
-            self.exit_code, self.stopping = code, 2
+        if not self.ever_ready and (code == EXIT_NO_APP or self.command and code):
+            self.exit_code, self.stopping = EXIT_NO_APP, 2
             for other in self.children.values():
                 other.kill_at = 0
             return
         log(f'worker {child.number} (pid {child.pid}) died: {self.describe_exit(code)}'
-            + (f', at {request}' if request else ', while idle'))
+            + (f', at {request}' if request else '' if self.command else ', while idle'))
         self.failures = self.failures + 1 if idle and not request else 0
         if self.failures:
             delay = min(30, 0.5 * 2 ** (self.failures - 1))
@@ -2486,7 +2863,8 @@ class Master:
             return
         state = {'sockets': [(listener.address, listener.protocol, listener.socket.fileno(), listener.inode)
                              for listener in self.listeners],
-                 'workers': [(child.pid, child.number, child.lifeline) for child in self.children.values()]}
+                 'workers': [(child.pid, child.number, child.lifeline, child.retire)
+                             for child in self.children.values()]}
         import json
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
         for fd in [socket[2] for socket in state['sockets']] + [worker[2] for worker in state['workers']]:
@@ -2496,9 +2874,9 @@ class Master:
 
     def adopt(self, workers):
         """After the exec: the workers of the old image are still our children."""
-        for pid, number, lifeline in workers:
+        for pid, number, lifeline, retire in workers:
             os.set_inheritable(lifeline, False)
-            self.children[pid] = Child(pid, number, None, lifeline)
+            self.children[pid] = Child(pid, number, None, lifeline, retire)
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
@@ -2698,6 +3076,9 @@ def serve(config, start):
 def serve_alone(config, listeners, application):
     """Without a master: this process is the worker."""
     rows = [Row() for _ in range(config.threads)]
+    if type(application) is list:
+        become(application, [listener.socket for listener in listeners])
+        return EXIT_NO_APP
     worker = Worker(config, listeners, application, rows, memoryview(bytearray(8)).cast('Q'), 1, None)
     signal.signal(signal.SIGINT, worker.on_stop)
     worker.run()
