@@ -1399,7 +1399,7 @@ until IO.select([server, stop])[0].include? stop
       first = name.start_with?('HTTP_') && env[name]            # a header that comes twice
       env[name] = first ? first + (name == 'HTTP_COOKIE' ? '; ' : ', ') + value : value
     end
-    env.delete_if { |key, text| key == 'HTTP_PROXY' || text.empty? && key.start_with?('CONTENT_') }
+    env.delete_if { |key, text| key =~ /\AHTTP_(PROXY|CONTENT_(TYPE|LENGTH))\z/ || key.start_with?('CONTENT_') && text == '' }
     length = env['CONTENT_LENGTH'].to_i
     input = (length > 65_536 ? Tempfile.new.tap(&:unlink) : StringIO.new(String.new)).binmode
     next if IO.copy_stream(client, input, length) < length || input.rewind > 0      # the client left
@@ -1436,7 +1436,7 @@ sub request { my ($head, $block, $memory, $data, %env);         # the packet and
         my $again = $name =~ /^HTTP_/ && exists $env{$name};    # a header that comes twice
         $env{$name} = $again ? join $name eq 'HTTP_COOKIE' ? '; ' : ', ', $env{$name}, $value : $value;
     }
-    delete $env{HTTP_PROXY}; my $left = $env{CONTENT_LENGTH} || 0;
+    delete @env{qw(HTTP_PROXY HTTP_CONTENT_TYPE HTTP_CONTENT_LENGTH)}; my $left = $env{CONTENT_LENGTH} || 0;
     open my $input, '+>', $left > 65_536 ? undef : \$memory or die "no temporary file: $!";
     while ($left > 0) { $left -= read($client, $data, $left < 8192 ? $left : 8192) || return; print $input $data }
     seek $input, 0, 0;
@@ -1499,9 +1499,10 @@ def become(command, sockets):
         log(f"minuwsgi: can't execute {command[0]}: {error.strerror}")
 
 
-# CGI (RFC 3875) is a WSGI application that runs a program for each request, and streams in both
-# directions at once. The program leads a process group, which is killed when the client leaves or the
-# program is silent for too long.
+# CGI (RFC 3875) is a WSGI application that runs a program for each request. Its input is a file with the
+# whole body: nginx stops sending one when an answer begins, so a program that writes while it reads
+# would wait for ever. Its output is streamed. The program leads a process group, which is killed when
+# the client leaves or the program is silent for too long.
 
 class CgiFailed(Exception):
     """A CGI program gives no proper answer: the status for the client, and why."""
@@ -1532,8 +1533,6 @@ def cgi_application(config, fallback):
         if why := forbidden(file, root, helper, config.cgi_allowed_ext):
             log(f'{file}: {why}')
             return in_words(start_response, '403 Forbidden', why)
-        if environ.get('HTTP_TRANSFER_ENCODING'):
-            return in_words(start_response, '411 Length Required', 'a CGI program needs the length of the body')
         variables = cgi_variables(environ, root, file, mount + name, info)
         return run_cgi([*helper, file], variables, environ['wsgi.input'], config.cgi_timeout, start_response)
     return application
@@ -1541,7 +1540,8 @@ def cgi_application(config, fallback):
 
 def in_words(start_response, status, why, *headers):
     text = f'{status}: {why}\n'.encode()
-    start_response(status, [*headers, ('Content-Type', 'text/plain; charset=utf-8'), ('Content-Length', str(len(text)))])
+    headers += ('Content-Type', 'text/plain; charset=utf-8'), ('Content-Length', str(len(text)))
+    start_response(status, headers)
     return [text]
 
 
@@ -1599,17 +1599,24 @@ def cgi_variables(environ, root, file, name, info):
 
 def run_cgi(command, variables, body, seconds, start_response):
     """Run a program for one request: yields the body of its answer."""
+    import shutil
     import subprocess
-    try:
-        process = subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=variables,
-                                   cwd=os.path.dirname(command[-1]), start_new_session=True)
-    except OSError as error:
-        log(f"can't run {' '.join(command)}: {error.strerror}")
-        yield from in_words(start_response, '502 Bad Gateway', 'the program could not be started')
-        return
+    import tempfile
+    with tempfile.TemporaryFile() as file:
+        shutil.copyfileobj(body, file)
+        if file.tell():
+            variables['CONTENT_LENGTH'] = str(file.tell())      # a chunked body has none
+        file.seek(0)
+        try:
+            process = subprocess.Popen(command, bufsize=0, stdin=file, stdout=subprocess.PIPE, env=variables,
+                                       cwd=os.path.dirname(command[-1]), start_new_session=True)
+        except OSError as error:
+            log(f"can't run {' '.join(command)}: {error.strerror}")
+            yield from in_words(start_response, '502 Bad Gateway', 'the program could not be started')
+            return
     begun = False
     try:
-        output = cgi_output(process, body, start_response.__self__.fd, seconds)
+        output = cgi_output(process.stdout.fileno(), start_response.__self__.fd, seconds)
         status, headers, rest = cgi_head(output)
         begun = True
         start_response(status, headers)
@@ -1631,45 +1638,24 @@ def run_cgi(command, variables, body, seconds, start_response):
         if process.returncode is None:                  # not yet reaped, so the pid is still its own
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        process.stdin.close()
         process.stdout.close()
 
 
-def cgi_output(process, body, client, seconds):
-    """Yields what a program writes, and feeds it the body meanwhile."""
-    into, out, pending = process.stdin.fileno(), process.stdout.fileno(), b''
-    os.set_blocking(into, False)
-    raw, feeding, poll = getattr(body, 'raw', None), True, select.poll()
+def cgi_output(out, client, seconds):
+    """Yields what a program writes, and watches the client meanwhile."""
+    poll = select.poll()
     poll.register(out, select.POLLIN)
+    poll.register(client, 0)                            # for POLLHUP and POLLERR
     while True:
-        if feeding and not pending and (raw is None or raw.begun or raw.wants_continue or not raw.left):
-            pending = body.read(READ_MAX) if raw is None else body.read1(READ_MAX)
-            feeding = bool(pending)
-        if feeding:
-            poll.register(into, select.POLLOUT if pending else 0)
-        elif not process.stdin.closed:
-            poll.unregister(into)
-            process.stdin.close()
-        poll.register(client, select.POLLIN if feeding and not pending else 0)
         events = dict(poll.poll(seconds * 1000))
-        if events.get(client, 0) & (select.POLLHUP | select.POLLERR):
+        if client in events:
             raise ClientGone(0, 'during a CGI program')
         if not events:
             raise CgiFailed('504 Gateway Timeout', f'was silent for {seconds} s')
-        if client in events:
-            pending = body.read1(READ_MAX)
-            feeding = bool(pending)
-        if into in events:
-            feeding = not events[into] & select.POLLERR         # else it has closed its input
-            try:
-                pending = pending[os.write(into, pending):] if feeding else b''
-            except OSError:                             # just now; or one is full that wasn't
-                pass
-        if out in events:
-            data = os.read(out, READ_MAX)
-            if not data:
-                return
-            yield data
+        data = os.read(out, READ_MAX)
+        if not data:
+            return
+        yield data
 
 
 def cgi_head(output):

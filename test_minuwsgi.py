@@ -258,3 +258,363 @@ def test_the_tools_work(start):
     assert server.ask('/abc').text == '/abc'
     assert server.get('/abc').text[3:7] == '/abc'
     assert server.stop() == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# 7b. Other languages: the real interpreters behind the real nginx
+#
+# Each language runs the same little site: / says hello and what was asked, /echo gives the body back,
+# /cookies sets two cookies, /error fails, all else is a 404. Debian's packages: ruby ruby-rack perl
+# libplack-perl php-cgi golang-go sbcl nginx-light.
+
+CONFIG_RU = r'''
+require 'uri'
+require 'rack/lint'
+use Rack::Lint
+run(lambda { |env|
+  text = { 'Content-Type' => 'text/plain' }
+  case env['PATH_INFO']
+  when '/' then [200, text, ["hello from #{Process.pid}, you asked #{env['QUERY_STRING']}"]]
+  when '/echo' then [200, { 'Content-Type' => 'application/octet-stream' }, env['rack.input']]
+  when '/cookies' then [200, { 'Content-Type' => 'text/plain', 'Set-Cookie' => "a=1\nb=2" }, ['both']]
+  when '/error' then raise 'oops'
+  else [404, text, ['not here']]
+  end
+})
+'''
+
+APP_PSGI = r'''
+use Plack::Middleware::Lint;
+Plack::Middleware::Lint->wrap(sub {
+    my $env = shift;
+    my ($path, @text) = ($env->{PATH_INFO}, 'Content-Type' => 'text/plain');
+    return [200, [@text], ["hello from $$, you asked $env->{QUERY_STRING}"]] if $path eq '/';
+    return sub {
+        my $writer = shift->([200, ['Content-Type' => 'application/octet-stream']]);
+        while ($env->{'psgi.input'}->read(my $data, 65536)) { $writer->write($data) }
+        $writer->close;
+    } if $path eq '/echo';
+    return [200, [@text, 'Set-Cookie' => 'a=1', 'Set-Cookie' => 'b=2'], ['both']] if $path eq '/cookies';
+    die 'oops' if $path eq '/error';
+    return [404, [@text], ['not here']];
+});
+'''
+
+INDEX_PHP = r'''<?php
+header('Content-Type: text/plain');
+$path = parse_url($_SERVER['REQUEST_URI'], PHP_URL_PATH);
+if ($path == '/') { echo 'hello from ', getmypid(), ', you asked ', $_SERVER['QUERY_STRING']; }
+elseif ($path == '/echo') { readfile('php://input'); }
+elseif ($path == '/cookies') { setcookie('a', '1'); setcookie('b', '2'); echo 'both'; }
+elseif ($path == '/error') { throw new Exception('oops'); }
+else { http_response_code(404); echo 'not here'; }
+'''
+
+HELLO_GO = r'''
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/fcgi"
+	"os"
+	"os/signal"
+	"sync"
+	"syscall"
+)
+
+func site(w http.ResponseWriter, r *http.Request) {
+	switch r.URL.Path {
+	case "/":
+		fmt.Fprintf(w, "hello from %d, you asked %s", os.Getpid(), r.URL.RawQuery)
+	case "/echo":
+		body, _ := io.ReadAll(r.Body)
+		w.Write(body)
+	case "/cookies":
+		http.SetCookie(w, &http.Cookie{Name: "a", Value: "1"})
+		http.SetCookie(w, &http.Cookie{Name: "b", Value: "2"})
+		io.WriteString(w, "both")
+	case "/error":
+		http.Error(w, "oops", 500)
+	default:
+		http.Error(w, "not here", 404)
+	}
+}
+
+// net/http/fcgi has no Shutdown: count the connections, to see when the last is done.
+type counting struct {
+	net.Listener
+	open sync.WaitGroup
+}
+
+type counted struct {
+	net.Conn
+	once sync.Once
+	done func()
+}
+
+func (l *counting) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	l.open.Add(1)
+	return &counted{Conn: conn, done: l.open.Done}, nil
+}
+
+func (c *counted) Close() error {
+	defer c.once.Do(c.done)
+	return c.Conn.Close()
+}
+
+func main() {
+	inherited, err := net.FileListener(os.Stdin)
+	if err != nil {
+		panic(err)
+	}
+	stop := make(chan os.Signal, 1)
+	signal.Notify(stop, syscall.SIGTERM)
+	if os.Args[1] == "http" {
+		server := &http.Server{Handler: http.HandlerFunc(site)}
+		go server.Serve(inherited)
+		<-stop
+		server.Shutdown(context.Background())
+		return
+	}
+	listener := &counting{Listener: inherited}
+	go func() { <-stop; listener.Close() }()
+	fcgi.Serve(listener, http.HandlerFunc(site))
+	listener.open.Wait()
+}
+'''
+
+HELLO_LISP = r'''
+(require :sb-bsd-sockets)
+(defvar *stop* nil)
+(sb-sys:enable-interrupt sb-unix:sigterm (lambda (&rest _) (declare (ignore _)) (setf *stop* t)))
+
+(defun octets (text) (sb-ext:string-to-octets text :external-format :latin-1))
+(defun take (stream size)
+  (let ((data (make-array size :element-type '(unsigned-byte 8))))
+    (subseq data 0 (read-sequence data stream))))
+(defun size-at (data at) (+ (aref data at) (ash (aref data (1+ at)) 8)))
+
+(defun variables (block)                        ; the block of a uwsgi packet -> ((name . value) ...)
+  (loop with at = 0 while (< at (length block))
+        collect (flet ((field () (let* ((begin (+ at 2)) (end (+ begin (size-at block at))))
+                                   (setf at end)
+                                   (sb-ext:octets-to-string (subseq block begin end) :external-format :latin-1))))
+                  (let ((name (field))) (cons name (field))))))
+
+(defun site (path query body)                   ; -> status, headers, body
+  (cond ((string= path "/")
+         (values "200 OK" '() (octets (format nil "hello from ~D, you asked ~A" (sb-unix:unix-getpid) query))))
+        ((string= path "/echo") (values "200 OK" '() body))
+        ((string= path "/cookies") (values "200 OK" '("Set-Cookie: a=1" "Set-Cookie: b=2") (octets "both")))
+        ((string= path "/error") (error "oops"))
+        (t (values "404 Not Found" '() (octets "not here")))))
+
+(defun serve (stream)
+  (let* ((vars (variables (take stream (size-at (take stream 4) 1))))
+         (get (lambda (name) (or (cdr (assoc name vars :test #'string=)) "")))
+         (length (or (parse-integer (funcall get "CONTENT_LENGTH") :junk-allowed t) 0))
+         (body (take stream length)))
+    (multiple-value-bind (status headers answer)
+        (handler-case (site (funcall get "PATH_INFO") (funcall get "QUERY_STRING") body)
+          (error (problem) (format *error-output* "~A~%" problem)
+            (values "500 Internal Server Error" '() (octets "failed"))))
+      (dolist (line `(,(format nil "HTTP/1.1 ~A" status) ,@headers
+                      ,(format nil "Content-Length: ~D" (length answer)) ""))
+        (write-sequence (octets (format nil "~A~C~C" line #\Return #\Newline)) stream))
+      (unless (string= (funcall get "REQUEST_METHOD") "HEAD") (write-sequence answer stream))
+      (finish-output stream))))
+
+(let ((server (make-instance 'sb-bsd-sockets:local-socket :type :stream :descriptor 0)))
+  (loop until *stop*
+        do (let ((client (sb-bsd-sockets:socket-accept server)))        ; nil: a signal came
+             (when client
+               (handler-case (serve (sb-bsd-sockets:socket-make-stream client :input t :output t :buffering :full
+                                                                       :element-type '(unsigned-byte 8)))
+                 (error (problem) (format *error-output* "~A~%" problem)))
+               (sb-bsd-sockets:socket-close client)))))
+'''
+
+CGI_LISP = r'''#!/usr/bin/sbcl --script
+(defun say (text &rest arguments) (apply #'format t text arguments) (terpri))
+(let* ((get (lambda (name) (or (sb-ext:posix-getenv name) "")))
+       (path (funcall get "PATH_INFO")))
+  (say "Content-Type: text/plain")
+  (cond ((string= path "/") (say "") (format t "hello from ~D, you asked ~A" (sb-unix:unix-getpid) (funcall get "QUERY_STRING")))
+        ((string= path "/echo")
+         (say "")
+         (finish-output)
+         (let ((in (sb-sys:make-fd-stream 0 :element-type '(unsigned-byte 8) :buffering :full))
+               (out (sb-sys:make-fd-stream 1 :output t :input nil :element-type '(unsigned-byte 8) :buffering :full))
+               (data (make-array 65536 :element-type '(unsigned-byte 8))))
+           (loop for size = (read-sequence data in) until (zerop size) do (write-sequence data out :end size))
+           (finish-output out)))
+        ((string= path "/cookies") (say "Set-Cookie: a=1") (say "Set-Cookie: b=2") (say "") (format t "both"))
+        ((string= path "/error") (say "Status: 500 Oops") (say "") (format *error-output* "oops~%"))
+        (t (say "Status: 404 Not Found") (say "") (format t "not here"))))
+'''
+
+# name: lines of the INI, files, nginx's lines, programs
+LANGUAGES = {
+    'ruby': ('rack = config.ru', {'config.ru': CONFIG_RU}, 'uwsgi_pass', 'ruby'),
+    'perl': ('psgi = app.psgi', {'app.psgi': APP_PSGI}, 'uwsgi_pass', 'perl'),
+    'php': ('worker-exec = php-cgi\nenv = PHP_FCGI_MAX_REQUESTS=0', {'index.php': INDEX_PHP},
+            'fastcgi_param SCRIPT_FILENAME %s/index.php; fastcgi_pass', 'php-cgi'),
+    'php as cgi': ('cgi = index.php\ncgi-helper = .php=php-cgi', {'index.php': INDEX_PHP}, 'uwsgi_pass', 'php-cgi'),
+    'go': ('worker-exec = ./hello fcgi', {'hello.go': HELLO_GO}, 'fastcgi_pass', 'go'),
+    'go http': ('worker-exec = ./hello http', {'hello.go': HELLO_GO}, 'proxy_pass', 'go'),
+    'lisp': ('worker-exec = sbcl --script hello.lisp', {'hello.lisp': HELLO_LISP}, 'uwsgi_pass', 'sbcl'),
+    'lisp as cgi': ('cgi = hello.cgi', {'hello.cgi': CGI_LISP}, 'uwsgi_pass', 'sbcl'),
+}
+MISSING = [name for name, (*_, program) in LANGUAGES.items() if not shutil.which(program)]
+NGINX = shutil.which('nginx') or '/usr/sbin/nginx'
+
+
+def nginx_config(directory, port, names):
+    """A server for each language, told from the others by the Host header."""
+    servers = []
+    for name in names:
+        place = directory / name.replace(' ', '-')
+        passing = LANGUAGES[name][2].replace('%s', str(place))
+        address = f'http://unix:{place}/s' if 'proxy' in passing else f'unix:{place}/s'
+        servers.append(f"server {{ listen 127.0.0.1:{port}; server_name {place.name}; location / {{ "
+                       f"include /etc/nginx/{'fastcgi' if 'fastcgi' in passing else 'uwsgi'}_params; "
+                       f"{passing} {address}; }} }}")
+    temporary = '\n'.join(f'{kind}_temp_path {directory}/{kind};' for kind in
+                          ('client_body', 'proxy', 'fastcgi', 'uwsgi', 'scgi'))
+    return (f"{'user root;' if os.getuid() == 0 else ''} daemon off; pid {directory}/pid; worker_processes 1;"
+            f"error_log {directory}/error.log; events {{ worker_connections 1000; }}"
+            f"http {{ access_log off; client_max_body_size 20m; {temporary}\n" + '\n'.join(servers) + '}')
+
+
+@pytest.fixture(scope='module')
+def languages():
+    """All of them at once: {name: Server}, each with an ask_nginx(method, path, body)."""
+    import http.client
+    if not os.path.exists(NGINX):
+        pytest.skip('there is no nginx')
+    with tempfile.TemporaryDirectory(prefix='mu') as directory, contextlib.ExitStack() as stack:
+        directory, servers, port = pathlib.Path(directory), {}, free_port()
+        directory.chmod(0o755)
+        for name in LANGUAGES.keys() - MISSING:
+            ini, files, _, program = LANGUAGES[name]
+            place = directory / name.replace(' ', '-')
+            place.mkdir()
+            for file, text in files.items():
+                (place / file).write_text(text)
+                (place / file).chmod(0o755)
+            if program == 'go':
+                subprocess.run(['go', 'build', '-o', 'hello', 'hello.go'], cwd=place, check=True,
+                               env={'HOME': str(directory), 'GOCACHE': '/tmp/minuwsgi-go-cache', 'GOFLAGS': '-mod=mod',
+                                    'GO111MODULE': 'off', **os.environ})
+            (place / 'app.ini').write_text(f'[uwsgi]\nsocket = s\nprocesses = 2\ndisable-logging = true\n{ini}\n')
+            servers[name] = server = Server(place, ['app.ini'])
+            stack.callback(server.end)
+
+            def ask_nginx(method='GET', path='/', body=None, host=place.name):
+                connection = http.client.HTTPConnection('127.0.0.1', port, timeout=PATIENCE)
+                with contextlib.closing(connection):
+                    connection.request(method, path, body, {'Host': host})
+                    answer = connection.getresponse()
+                    return answer.status, answer.read(), answer.headers
+            server.ask_nginx = ask_nginx
+        (directory / 'nginx.conf').write_text(nginx_config(directory, port, servers))
+        nginx = subprocess.Popen([NGINX, '-c', directory / 'nginx.conf', '-p', directory], stderr=subprocess.DEVNULL)
+        stack.callback(nginx.wait)
+        stack.callback(nginx.terminate)
+        wait_until(lambda: not socket.socket().connect_ex(('127.0.0.1', port)), 'nginx')
+        for server in servers.values():
+            server.ready()
+        yield servers
+
+
+@pytest.fixture(params=LANGUAGES)
+def language(request, languages):
+    if request.param in MISSING:
+        pytest.skip(f'there is no {LANGUAGES[request.param][-1]}')
+    return languages[request.param]
+
+
+def test_each_language_says_hello_and_hears_the_query(language):
+    status, body, _ = language.ask_nginx(path='/?name=w%C3%B6rld')
+    assert status == 200 and re.fullmatch(rb'hello from \d+, you asked name=w%C3%B6rld', body)
+
+
+def test_each_language_takes_bodies_of_any_size(language):
+    for size in 0, 10, 100_000, 3_000_000:
+        body = os.urandom(size)
+        status, echo, _ = language.ask_nginx('POST', '/echo', body)
+        assert status == 200 and echo == body, size
+
+
+def test_each_language_has_its_404_and_its_500(language):
+    assert language.ask_nginx(path='/missing')[0] == 404
+    assert language.ask_nginx(path='/error')[0] == 500
+    if language.directory.name in ('ruby', 'perl', 'lisp', 'lisp-as-cgi'):
+        language.wait_for('oops')
+    assert language.ask_nginx()[0] == 200
+
+
+def test_each_language_sets_two_cookies(language):
+    status, body, headers = language.ask_nginx(path='/cookies')
+    assert [value.partition(';')[0] for value in headers.get_all('Set-Cookie')] == ['a=1', 'b=2'] and body == b'both'
+
+
+def test_each_language_answers_HEAD_without_a_body(language):
+    status, body, _ = language.ask_nginx('HEAD')
+    assert (status, body) == (200, b'')
+    if language.directory.name not in ('php', 'go', 'go-http'):         # nginx would hide it
+        assert language.ask(REQUEST_METHOD='HEAD').body == b''
+
+
+def test_each_language_gets_a_new_worker_for_a_killed_one(language):
+    before = language.workers()
+    os.kill(before[0], signal.SIGKILL)
+    language.wait_for('died: SIGKILL')
+    wait_until(lambda: len(language.workers()) == 2 and before[0] not in language.workers(), 'a new worker')
+    assert language.ask_nginx()[0] == 200
+
+
+@pytest.fixture(scope='module')
+def reloads(languages):
+    """All are reloaded at once, under load: {name: (good answers, bad answers, pids that answered)}."""
+    done, results = threading.Event(), {}
+
+    def load(name, server):
+        good, bad, pids = 0, [], set()
+        while not done.is_set():
+            status, body, _ = server.ask_nginx()
+            if status == 200 and body.startswith(b'hello from'):
+                good += 1
+                pids.add(body.split()[2])
+            else:
+                bad.append((status, body))
+        results[name] = good, bad, pids
+    threads = [threading.Thread(target=load, args=item) for item in languages.items() for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    old = {name: server.workers() for name, server in languages.items()}
+    for server in languages.values():
+        server.kill(signal.SIGHUP)
+    for name, server in languages.items():
+        server.wait_for('^ready', 2)
+        wait_until(lambda: not set(old[name]) & set(server.workers()), 'the end of the old workers')
+    done.set()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.mark.parametrize('name', LANGUAGES)
+def test_each_language_is_reloaded_without_a_failed_request(name, reloads):
+    if name in MISSING:
+        pytest.skip(f'there is no {LANGUAGES[name][-1]}')
+    good, bad, pids = reloads[name]
+    assert not bad and good > 5 and len(pids) >= 3
