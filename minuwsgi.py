@@ -2271,7 +2271,7 @@ class Core:
         numbers[BUSY] += took
         if not self.config.disable_logging:
             self.log_request(environ, len(environ) - len(connection.environ), max(end, 0) + 4, took)
-        response.sent, response.size, response.end, response.http = False, 0, '\r\n', False
+        response.sent, response.size, response.end, response.http, response.chunked = False, 0, '\r\n', False, False
         numbers[STARTED] = 0.0
         return clear and keep
 
@@ -2809,6 +2809,8 @@ class Master:
         if child.stop_with:
             return
         if not self.ever_ready and (code == EXIT_NO_APP or self.command and code):
+            if self.command:
+                log(f'minuwsgi: {self.command[0]} ended before it was ready: {self.describe_exit(code)}')
             self.exit_code, self.stopping = EXIT_NO_APP, 2
             for other in self.children.values():
                 other.kill_at = 0

@@ -393,8 +393,10 @@ func main() {
 
 HELLO_LISP = r'''
 (require :sb-bsd-sockets)
-(defvar *stop* nil)
-(sb-sys:enable-interrupt sb-unix:sigterm (lambda (&rest _) (declare (ignore _)) (setf *stop* t)))
+(defvar *nothing* (sb-unix:unix-open "/dev/null" 0 0))
+(sb-sys:enable-interrupt sb-unix:sigterm        ; accept() is restarted after a signal, and then fails
+  (lambda (&rest _) (declare (ignore _))
+    (sb-alien:alien-funcall (sb-alien:extern-alien "dup2" (function sb-alien:int sb-alien:int sb-alien:int)) *nothing* 0)))
 
 (defun octets (text) (sb-ext:string-to-octets text :external-format :latin-1))
 (defun take (stream size)
@@ -433,13 +435,11 @@ HELLO_LISP = r'''
       (finish-output stream))))
 
 (let ((server (make-instance 'sb-bsd-sockets:local-socket :type :stream :descriptor 0)))
-  (loop until *stop*
-        do (let ((client (sb-bsd-sockets:socket-accept server)))        ; nil: a signal came
-             (when client
-               (handler-case (serve (sb-bsd-sockets:socket-make-stream client :input t :output t :buffering :full
-                                                                       :element-type '(unsigned-byte 8)))
-                 (error (problem) (format *error-output* "~A~%" problem)))
-               (sb-bsd-sockets:socket-close client)))))
+  (loop for client = (ignore-errors (sb-bsd-sockets:socket-accept server)) while client
+        do (handler-case (serve (sb-bsd-sockets:socket-make-stream client :input t :output t :buffering :full
+                                                                   :element-type '(unsigned-byte 8)))
+             (error (problem) (format *error-output* "~A~%" problem)))
+           (sb-bsd-sockets:socket-close client)))
 '''
 
 CGI_LISP = r'''#!/usr/bin/sbcl --script
@@ -618,3 +618,182 @@ def test_each_language_is_reloaded_without_a_failed_request(name, reloads):
         pytest.skip(f'there is no {LANGUAGES[name][-1]}')
     good, bad, pids = reloads[name]
     assert not bad and good > 5 and len(pids) >= 3
+
+
+def test_a_program_that_is_not_there_or_cannot_start_ends_the_server(start):
+    server = start(ini='worker-exec = /nowhere/program', ready=False)
+    assert server.wait() == 22 and 'there is no program /nowhere/program' in server.log
+    server = start(ini='worker-exec = sh -c "echo wont; exit 3"', ready=False)
+    assert server.wait() == 22 and 'exit status 3' in server.log and 'wont' in server.lines
+
+
+def test_a_program_that_ends_at_once_again_and_again_is_not_started_ever_faster(start):
+    server = start(ini='worker-exec = true', ready=False)
+    server.wait_for('a new one comes in 0.5 s')
+    server.wait_for('a new one comes in 1 s')
+
+
+ACCEPT = '''
+import os, socket
+server = socket.socket(fileno=0)
+while True:
+    client, _ = server.accept()
+    same = os.path.sameopenfile(0, 3)
+    client.sendall(f'{os.environ["LISTEN_FDS"]} {int(os.environ["LISTEN_PID"]) == os.getpid()} {same}'.encode())
+    client.close()
+'''
+
+
+def test_a_program_finds_the_sockets_as_from_systemd_and_dies_with_the_master(start, tmp):
+    (tmp / 'serve.py').write_text(ACCEPT)
+    server = start(ini=f'worker-exec = {sys.executable} serve.py\nsocket = s\nsocket = t')
+    assert exchange(server.socket, b'') == b'2 True True'
+    worker, = server.workers()
+    server.kill(signal.SIGKILL)
+    wait_until(lambda: not os.path.exists(f'/proc/{worker}'), 'the end of the program')
+
+
+def test_programs_that_hold_an_old_log_are_replaced_after_USR1(start, tmp):
+    (tmp / 'serve.py').write_text(ACCEPT)
+    server = start(ini=f'worker-exec = {sys.executable} serve.py\nlogto = log', ready=False)
+    log = tmp / 'log'
+    wait_until(lambda: 'ready: ' in server.log or log.exists() and 'ready: ' in log.read_text(), 'the start')
+    if log.exists():
+        log.rename(tmp / 'log.1')
+    worker, = server.workers()
+    server.kill(signal.SIGUSR1)
+    wait_until(lambda: server.workers() and worker not in server.workers(), 'a new worker')
+    assert os.path.samefile(f'/proc/{server.workers()[0]}/fd/2', log)
+
+
+@pytest.mark.parametrize('program', ['ruby', 'perl'])
+def test_a_broken_application_is_not_taken_by_a_reload(start, tmp, program):
+    if not shutil.which(program):
+        pytest.skip(f'there is no {program}')
+    option, text, broken = {'ruby': ('rack', CONFIG_RU, 'raise "wont"'), 'perl': ('psgi', APP_PSGI, 'die "wont";')}[program]
+    name = 'config.ru' if program == 'ruby' else 'app.psgi'
+    (tmp / name).write_text(text)
+    server = start(ini=f'{option} = {name}')
+    (tmp / name).write_text(broken)
+    server.kill(signal.SIGHUP)
+    server.wait_for('reload: failed')
+    assert 'wont' in server.log and server.ask().status == '200 OK'
+    assert run(tmp, 'app.ini', '--check')[0] == 22
+
+
+PING_CGI = '#!/bin/sh\necho Content-Type: text/plain\necho\n'
+
+
+@pytest.fixture
+def cgi(start, tmp):
+    """cgi({name: text}, ini, app) starts a server with programs in the directory `bin`, made executable."""
+    def cgi(programs, ini='', **options):
+        for name, text in programs.items():
+            file = tmp / 'bin' / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+            file.chmod(0o755)
+        return start(options.pop('app', HELLO), f'cgi = /bin={tmp}/bin\n{ini}', **options)
+    return cgi
+
+
+def test_cgi_sets_the_variables_of_rfc_3875(cgi, tmp):
+    server = cgi({'sub/env.cgi': PING_CGI + 'pwd; env'}, 'env = FROM_INI=yes', http=True)
+    answer = server.ask('/bin/sub/env.cgi/more/w%C3%B6rld?a=b', b'12345', PATH_INFO='/bin/sub/env.cgi/more/w\xc3\xb6rld',
+                        CONTENT_TYPE='text/x', HTTP_PROXY='http://evil', HTTP_X_Y='z')
+    lines = answer.body.decode('latin-1').split('\n')
+    assert answer.header('Content-Type') == 'text/plain' and lines[0] == f'{tmp}/bin/sub'
+    for line in ('GATEWAY_INTERFACE=CGI/1.1', 'SCRIPT_NAME=/bin/sub/env.cgi', 'PATH_INFO=/more/w\xc3\xb6rld',
+                 f'SCRIPT_FILENAME={tmp}/bin/sub/env.cgi', 'QUERY_STRING=a=b', 'REQUEST_METHOD=POST', 'CONTENT_LENGTH=5',
+                 'CONTENT_TYPE=text/x', 'PATH_TRANSLATED=/usr/share/nginx/html/more/w\xc3\xb6rld', 'HTTP_X_Y=z',
+                 'SERVER_PROTOCOL=HTTP/1.1', 'REMOTE_ADDR=127.0.0.1', 'FROM_INI=yes', 'REDIRECT_STATUS=200'):
+        assert line in lines, line
+    assert not [line for line in lines if line.startswith('HTTP_PROXY') or line.startswith(('wsgi.', 'uwsgi.'))]
+    lines = server.get('/bin/sub/env.cgi', 'Proxy: http://evil\r\n').text.split('\n')
+    assert not [line for line in lines if line.startswith(('HTTP_PROXY', 'PATH_INFO', 'CONTENT_LENGTH', 'PATH_TR'))]
+
+
+def test_cgi_heeds_status_and_location_and_complains_of_what_is_no_head(cgi):
+    server = cgi({'status': '#!/bin/sh\nprintf "Status: 404\\r\\nSet-Cookie: a=1\\r\\nSet-Cookie: b=2\\r\\n\\r\\nbody"',
+                  'location': '#!/bin/sh\nprintf "Location: /there\\n\\n"', 'garbage': '#!/bin/sh\necho no header; echo',
+                  'silent': '#!/bin/sh\necho went wrong >&2; exit 3', 'badstatus': '#!/bin/sh\nprintf "Status: x\\n\\n"',
+                  'badprogram': '#!/nowhere/program\n', 'killed': PING_CGI + 'echo part; kill -9 $$'}, http=True)
+    answer = server.ask('/bin/status')
+    assert answer.status == '404 Not Found' and answer.text == 'body'
+    assert answer.headers == [('Set-Cookie', 'a=1'), ('Set-Cookie', 'b=2')]
+    answer = server.ask('/bin/location')
+    assert (answer.status, answer.header('Location')) == ('302 Found', '/there')
+    for name, why in (('garbage', 'where a header is expected'), ('silent', 'without a head'), ('badstatus', 'the status'),
+                      ('badprogram', 'could not be started')):
+        answer = server.ask(f'/bin/{name}')
+        assert answer.status == '502 Bad Gateway' and why in answer.text, name
+    assert 'went wrong' in server.lines
+    assert not server.get('/bin/killed').raw.endswith(b'0\r\n\r\n')      # it must not look complete
+    server.wait_for('died before its end')
+
+
+def test_cgi_never_leaves_its_directory(cgi, tmp):
+    (tmp / 'secret').write_text(PING_CGI + 'echo secret')
+    (tmp / 'secret').chmod(0o755)
+    server = cgi({'ok': PING_CGI + 'echo ok', 'plain.txt': 'text'}, http=True, app='application = None\n' + HELLO)
+    (tmp / 'bin/inside').symlink_to('ok')
+    (tmp / 'bin/outside').symlink_to('../secret')
+    (tmp / 'bin/plain.txt').chmod(0o644)
+    assert server.ask('/bin/ok').text == 'ok\n' and server.ask('/bin/inside').text == 'ok\n'
+    assert server.ask('/bin/outside').status == '403 Forbidden'
+    assert server.ask('/bin/plain.txt').status == '403 Forbidden' and 'not executable' in server.ask('/bin/plain.txt').text
+    for path in '/bin/../secret', '/bin/%2e%2e/secret', '/bin/..%2fsecret', '/bin/ok%00', '/bin//../secret', '/bin/ok/../x':
+        assert server.get(path).text.endswith('hello\n'), path          # not found: so the application is asked
+    assert server.ask('/binary').text == 'hello\n'
+
+
+def test_cgi_mounts_extensions_and_index(cgi, tmp):
+    (tmp / 'other').mkdir()
+    (tmp / 'other/x.sh').write_text('echo Content-Type: text/plain; echo; echo other $SCRIPT_NAME')
+    server = cgi({'x.sh': PING_CGI + 'echo bin', 'index.sh': PING_CGI + 'echo index $SCRIPT_NAME', 'no.py': PING_CGI},
+                 f'cgi = /bin/deep={tmp}/other\ncgi = /one={tmp}/other/x.sh\ncgi-helper = .sh=sh -e\n'
+                 'cgi-allowed-ext = .sh\ncgi-index = index.sh')
+    assert server.ask('/bin/x.sh').text == 'bin\n' and server.ask('/bin/deep/x.sh').text == 'other /bin/deep/x.sh\n'
+    assert server.ask('/one').text == 'other /one\n' and server.ask('/one/more').text == 'other /one\n'
+    assert server.ask('/bin/').text == 'index /bin/index.sh\n'
+    answer = server.ask('/bin?a=b')
+    assert (answer.status, answer.header('Location')) == ('301 Moved Permanently', '/bin/?a=b')
+    assert server.ask('/bin/no.py').status == '403 Forbidden' and 'cgi-allowed-ext' in server.ask('/bin/no.py').text
+    assert server.ask('/bin/deep/').text == 'hello\n'
+
+
+def test_cgi_without_an_application_answers_404_and_takes_modifier_9(start, tmp):
+    (tmp / 'hi.sh').write_text(PING_CGI + 'cat')
+    server = start(ini=f'cgi = /={tmp}\ncgi-helper = .sh=sh\nmodule =', http=True)
+    assert server.ask('/nothing').status == '404 Not Found' and 'no such program' in server.ask('/nothing').text
+    data = bytearray(packet('/hi.sh', b'body'))
+    data[0] = 9
+    assert Answer(exchange(server.socket, data)).text == 'body'
+    chunked = server.get('/hi.sh', 'Transfer-Encoding: chunked\r\n', 'POST', body=b'3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n')
+    assert b'abcde' in chunked.body
+    body = os.urandom(3_000_000)
+    assert server.ask('/hi.sh', body).body == body
+
+
+def test_cgi_output_is_streamed_and_its_process_group_ends_with_the_client(cgi, tmp):
+    server = cgi({'slow': PING_CGI + 'echo first; sleep 1000 & echo $! > pid; sleep 1000'}, http=True)
+    with connect(server.socket) as client:
+        client.sendall(packet('/bin/slow'))
+        data = b''
+        while b'first' not in data:
+            data += client.recv(100)
+        pid = int(wait_until(lambda: (tmp / 'bin/pid').exists() and (tmp / 'bin/pid').read_text(), 'the pid'))
+    wait_until(lambda: not os.path.exists(f'/proc/{pid}'), 'the end of the program')
+    server.wait_for('/bin/slow')
+    assert server.ask().text == 'hello\n'
+
+
+def test_cgi_that_is_silent_for_too_long_is_killed(cgi, tmp):
+    server = cgi({'slow': '#!/bin/sh\necho $$ > pid; sleep 1000', 'half': PING_CGI + 'echo half; sleep 1000'},
+                 'cgi-timeout = 1\nprocesses = 2', http=True)
+    with connect(server.socket) as client:
+        client.sendall(packet('/bin/half'))             # both wait at the same time
+        answer = server.ask('/bin/slow')
+        assert answer.status == '504 Gateway Timeout' and 'was silent for 1 s' in answer.text
+        assert read_all(client).endswith(b'half\n')
+    assert not os.path.exists(f"/proc/{(tmp / 'bin/pid').read_text().strip()}")
