@@ -1399,7 +1399,7 @@ until IO.select([server, stop])[0].include? stop
       first = name.start_with?('HTTP_') && env[name]            # a header that comes twice
       env[name] = first ? first + (name == 'HTTP_COOKIE' ? '; ' : ', ') + value : value
     end
-    env.delete_if { |key, text| key =~ /\AHTTP_(PROXY|CONTENT_(TYPE|LENGTH))\z/ || key.start_with?('CONTENT_') && text == '' }
+    env.delete_if { |key, text| key =~ /\AHTTP_(PROXY|CONTENT_(TYPE|LENGTH))\z/ || key =~ /\ACONTENT_/ && text == '' }
     length = env['CONTENT_LENGTH'].to_i
     input = (length > 65_536 ? Tempfile.new.tap(&:unlink) : StringIO.new(String.new)).binmode
     next if IO.copy_stream(client, input, length) < length || input.rewind > 0      # the client left
@@ -1469,12 +1469,14 @@ until ($stop) {
 
 def worker_command(config):
     """The command that each worker becomes, as a list; None where the workers serve Python."""
-    import shlex
     if config.rack:
         return ['ruby', '-e', RACK, config.rack]
     if config.psgi:
         return ['perl', '-e', PSGI, config.psgi]
-    return shlex.split(config.worker_exec or '') or None
+    if config.worker_exec:
+        import shlex
+        return shlex.split(config.worker_exec)
+    return None
 
 
 def become(command, sockets):
@@ -1482,8 +1484,9 @@ def become(command, sockets):
     sd_listen_fds(3) has it, and the first of them is 0 too. Comes back only if that fails."""
     import ctypes
     import fcntl
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)          # PR_SET_PDEATHSIG: when the master dies, however it dies
-    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:    # what Python ignores stays ignored
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG: when the master dies, however it dies
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:    # Python ignores some: it is inherited
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # comes from a terminal to the whole group: the master decides
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -1597,8 +1600,7 @@ def cgi_variables(environ, root, file, name, info):
     return variables
 
 
-def run_cgi(command, variables, body, seconds, start_response):
-    """Run a program for one request: yields the body of its answer."""
+def start_program(command, variables, body):
     import shutil
     import subprocess
     import tempfile
@@ -1608,37 +1610,41 @@ def run_cgi(command, variables, body, seconds, start_response):
             variables['CONTENT_LENGTH'] = str(file.tell())      # a chunked body has none
         file.seek(0)
         try:
-            process = subprocess.Popen(command, bufsize=0, stdin=file, stdout=subprocess.PIPE, env=variables,
-                                       cwd=os.path.dirname(command[-1]), start_new_session=True)
-        except OSError as error:
-            log(f"can't run {' '.join(command)}: {error.strerror}")
-            yield from in_words(start_response, '502 Bad Gateway', 'the program could not be started')
-            return
-    begun = False
+            return subprocess.Popen(command, bufsize=0, stdin=file, stdout=subprocess.PIPE, env=variables,
+                                    cwd=os.path.dirname(command[-1]), start_new_session=True)
+        except (OSError, ValueError) as error:
+            raise CgiFailed('502 Bad Gateway', f"can't be started: {getattr(error, 'strerror', error)}") from None
+
+
+def run_cgi(command, variables, body, seconds, start_response):
+    """Run a program for one request: yields the body of its answer."""
+    import subprocess
+    process, begun = None, False
     try:
+        process = start_program(command, variables, body)
         output = cgi_output(process.stdout.fileno(), start_response.__self__.fd, seconds)
-        status, headers, rest = cgi_head(output)
+        head, rest = cgi_head(output)
+        status, headers = parse_cgi_head(head)
         begun = True
         start_response(status, headers)
         yield rest
         yield from output
-        if process.wait(1):
-            log(f'{command[-1]}: exit status {process.returncode}')
-        if process.returncode < 0:
-            raise CgiFailed('502 Bad Gateway', 'died before its end')
+        if process.wait(1) < 0:
+            raise CgiFailed('', f'died: {signal.Signals(-process.returncode).name}')
     except CgiFailed as error:
         status, why = error.args
         log(f'{command[-1]}: the program {why}')
         if begun:
             raise ClientGone(0, why) from None          # cuts the connection
         yield from in_words(start_response, status, f'the program {why}')
-    except subprocess.TimeoutExpired:                   # it closed its output and goes on
+    except subprocess.TimeoutExpired:                   # it closed its output, and goes on
         pass
     finally:
-        if process.returncode is None:                  # not yet reaped, so the pid is still its own
+        if process and process.returncode is None:      # not reaped yet, so the pid is still its own
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        process.stdout.close()
+        if process:
+            process.stdout.close()
 
 
 def cgi_output(out, client, seconds):
@@ -1659,18 +1665,24 @@ def cgi_output(out, client, seconds):
 
 
 def cgi_head(output):
-    """Read the head of a program's answer: (status, headers, what came of the body)."""
-    import http
+    """Read the head of a program's answer: (head, what came of the body), as bytes."""
     import re
-    data, parts = b'', []
-    while len(parts) < 2:
-        chunk = next(output, b'')
+    data = b''
+    for chunk in output:
         data += chunk
         parts = re.split(rb'\r?\n\r?\n', data, maxsplit=1)
-        if not chunk or len(data) - len(parts[-1]) > HEAD_MAX:
-            raise CgiFailed('502 Bad Gateway', 'ended without a head' if not chunk else 'sent too large a head')
+        if len(parts) == 2:
+            return parts
+        if len(data) > HEAD_MAX:
+            break
+    raise CgiFailed('502 Bad Gateway', 'sent too large a head' if data[HEAD_MAX:] else 'ended without a head')
+
+
+def parse_cgi_head(head):
+    """The head of a program's answer -> status, headers."""
+    import http
     status, headers = None, []
-    for line in parts[0].decode('latin-1').split('\n'):
+    for line in head.decode('latin-1').split('\n'):
         name, colon, value = line.rstrip('\r').partition(':')
         value = value.strip(' \t')
         if not colon or not name or not TOKEN.issuperset(name) or '\r' in value or '\0' in value:
@@ -1679,13 +1691,16 @@ def cgi_head(output):
             status = value
         elif name.lower() not in HOP_BY_HOP:
             headers.append((name, value))
-    if status is None:
-        status = '302 Found' if any(name.lower() == 'location' for name, _ in headers) else '200 OK'
-    if not (status[:3].isascii() and status[:3].isdecimal() and status[3:4] in ('', ' ') and status.isprintable()):
-        raise CgiFailed('502 Bad Gateway', f'sent the status {status[:80]!r}')
+        if name.lower() == 'location' and status is None:
+            status = '302 Found'
+    status = status or '200 OK'
     if status.isdecimal() and int(status) in iter(http.HTTPStatus):
         status = f'{status} {http.HTTPStatus(int(status)).phrase}'
-    return status, headers, parts[1]
+    try:
+        status_line(status)
+    except ValueError as error:
+        raise CgiFailed('502 Bad Gateway', f'sent a bad status: {error}') from None
+    return status, headers
 
 
 # ---------------------------------------------------------------------------------------------

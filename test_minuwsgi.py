@@ -396,7 +396,8 @@ HELLO_LISP = r'''
 (defvar *nothing* (sb-unix:unix-open "/dev/null" 0 0))
 (sb-sys:enable-interrupt sb-unix:sigterm        ; accept() is restarted after a signal, and then fails
   (lambda (&rest _) (declare (ignore _))
-    (sb-alien:alien-funcall (sb-alien:extern-alien "dup2" (function sb-alien:int sb-alien:int sb-alien:int)) *nothing* 0)))
+    (sb-alien:alien-funcall (sb-alien:extern-alien "dup2" (function sb-alien:int sb-alien:int sb-alien:int))
+                            *nothing* 0)))
 
 (defun octets (text) (sb-ext:string-to-octets text :external-format :latin-1))
 (defun take (stream size)
@@ -447,7 +448,9 @@ CGI_LISP = r'''#!/usr/bin/sbcl --script
 (let* ((get (lambda (name) (or (sb-ext:posix-getenv name) "")))
        (path (funcall get "PATH_INFO")))
   (say "Content-Type: text/plain")
-  (cond ((string= path "/") (say "") (format t "hello from ~D, you asked ~A" (sb-unix:unix-getpid) (funcall get "QUERY_STRING")))
+  (cond ((string= path "/")
+         (say "")
+         (format t "hello from ~D, you asked ~A" (sb-unix:unix-getpid) (funcall get "QUERY_STRING")))
         ((string= path "/echo")
          (say "")
          (finish-output)
@@ -670,8 +673,8 @@ def test_programs_that_hold_an_old_log_are_replaced_after_USR1(start, tmp):
 def test_a_broken_application_is_not_taken_by_a_reload(start, tmp, program):
     if not shutil.which(program):
         pytest.skip(f'there is no {program}')
-    option, text, broken = {'ruby': ('rack', CONFIG_RU, 'raise "wont"'), 'perl': ('psgi', APP_PSGI, 'die "wont";')}[program]
-    name = 'config.ru' if program == 'ruby' else 'app.psgi'
+    option, name, text, broken = {'ruby': ('rack', 'config.ru', CONFIG_RU, 'raise "wont"'),
+                                  'perl': ('psgi', 'app.psgi', APP_PSGI, 'die "wont";')}[program]
     (tmp / name).write_text(text)
     server = start(ini=f'{option} = {name}')
     (tmp / name).write_text(broken)
@@ -699,13 +702,15 @@ def cgi(start, tmp):
 
 def test_cgi_sets_the_variables_of_rfc_3875(cgi, tmp):
     server = cgi({'sub/env.cgi': PING_CGI + 'pwd; env'}, 'env = FROM_INI=yes', http=True)
-    answer = server.ask('/bin/sub/env.cgi/more/w%C3%B6rld?a=b', b'12345', PATH_INFO='/bin/sub/env.cgi/more/w\xc3\xb6rld',
-                        CONTENT_TYPE='text/x', HTTP_PROXY='http://evil', HTTP_X_Y='z')
+    answer = server.ask('/bin/sub/env.cgi/more/w%C3%B6rld?a=b', b'12345',
+                        PATH_INFO='/bin/sub/env.cgi/more/w\xc3\xb6rld', CONTENT_TYPE='text/x',
+                        HTTP_PROXY='http://evil', HTTP_X_Y='z')
     lines = answer.body.decode('latin-1').split('\n')
     assert answer.header('Content-Type') == 'text/plain' and lines[0] == f'{tmp}/bin/sub'
     for line in ('GATEWAY_INTERFACE=CGI/1.1', 'SCRIPT_NAME=/bin/sub/env.cgi', 'PATH_INFO=/more/w\xc3\xb6rld',
-                 f'SCRIPT_FILENAME={tmp}/bin/sub/env.cgi', 'QUERY_STRING=a=b', 'REQUEST_METHOD=POST', 'CONTENT_LENGTH=5',
-                 'CONTENT_TYPE=text/x', 'PATH_TRANSLATED=/usr/share/nginx/html/more/w\xc3\xb6rld', 'HTTP_X_Y=z',
+                 f'SCRIPT_FILENAME={tmp}/bin/sub/env.cgi', 'QUERY_STRING=a=b', 'REQUEST_METHOD=POST',
+                 'CONTENT_LENGTH=5', 'CONTENT_TYPE=text/x', 'PATH_TRANSLATED=/usr/share/nginx/html/more/w\xc3\xb6rld',
+                 'HTTP_X_Y=z',
                  'SERVER_PROTOCOL=HTTP/1.1', 'REMOTE_ADDR=127.0.0.1', 'FROM_INI=yes', 'REDIRECT_STATUS=200'):
         assert line in lines, line
     assert not [line for line in lines if line.startswith('HTTP_PROXY') or line.startswith(('wsgi.', 'uwsgi.'))]
@@ -715,21 +720,26 @@ def test_cgi_sets_the_variables_of_rfc_3875(cgi, tmp):
 
 def test_cgi_heeds_status_and_location_and_complains_of_what_is_no_head(cgi):
     server = cgi({'status': '#!/bin/sh\nprintf "Status: 404\\r\\nSet-Cookie: a=1\\r\\nSet-Cookie: b=2\\r\\n\\r\\nbody"',
-                  'location': '#!/bin/sh\nprintf "Location: /there\\n\\n"', 'garbage': '#!/bin/sh\necho no header; echo',
-                  'silent': '#!/bin/sh\necho went wrong >&2; exit 3', 'badstatus': '#!/bin/sh\nprintf "Status: x\\n\\n"',
+                  'location': '#!/bin/sh\nprintf "Location: /there\\n\\n"',
+                  'garbage': '#!/bin/sh\necho no header; echo',
+                  'silent': '#!/bin/sh\necho went wrong >&2; exit 3',
+                  'badstatus': '#!/bin/sh\nprintf "Status: x\\n\\n"',
+                  'toomuch': '#!/bin/sh\nyes "X: y"',
                   'badprogram': '#!/nowhere/program\n', 'killed': PING_CGI + 'echo part; kill -9 $$'}, http=True)
     answer = server.ask('/bin/status')
     assert answer.status == '404 Not Found' and answer.text == 'body'
     assert answer.headers == [('Set-Cookie', 'a=1'), ('Set-Cookie', 'b=2')]
     answer = server.ask('/bin/location')
     assert (answer.status, answer.header('Location')) == ('302 Found', '/there')
-    for name, why in (('garbage', 'where a header is expected'), ('silent', 'without a head'), ('badstatus', 'the status'),
-                      ('badprogram', 'could not be started')):
+    assert server.ask('/bin/toomuch').status == '502 Bad Gateway'
+    for name, why in (('garbage', 'where a header is expected'), ('silent', 'without a head'),
+                      ('badstatus', 'bad status'),
+                      ('badprogram', "can't be started")):
         answer = server.ask(f'/bin/{name}')
         assert answer.status == '502 Bad Gateway' and why in answer.text, name
     assert 'went wrong' in server.lines
     assert not server.get('/bin/killed').raw.endswith(b'0\r\n\r\n')      # it must not look complete
-    server.wait_for('died before its end')
+    server.wait_for('died: SIGKILL')
 
 
 def test_cgi_never_leaves_its_directory(cgi, tmp):
@@ -741,8 +751,10 @@ def test_cgi_never_leaves_its_directory(cgi, tmp):
     (tmp / 'bin/plain.txt').chmod(0o644)
     assert server.ask('/bin/ok').text == 'ok\n' and server.ask('/bin/inside').text == 'ok\n'
     assert server.ask('/bin/outside').status == '403 Forbidden'
-    assert server.ask('/bin/plain.txt').status == '403 Forbidden' and 'not executable' in server.ask('/bin/plain.txt').text
-    for path in '/bin/../secret', '/bin/%2e%2e/secret', '/bin/..%2fsecret', '/bin/ok%00', '/bin//../secret', '/bin/ok/../x':
+    answer = server.ask('/bin/plain.txt')
+    assert answer.status == '403 Forbidden' and 'not executable' in answer.text
+    for path in ('/bin/../secret', '/bin/%2e%2e/secret', '/bin/..%2fsecret', '/bin//../secret', '/bin/ok%00',
+                 '/bin/ok/../x'):
         assert server.get(path).text.endswith('hello\n'), path          # not found: so the application is asked
     assert server.ask('/binary').text == 'hello\n'
 
@@ -775,14 +787,15 @@ def test_cgi_without_an_application_answers_404_and_takes_modifier_9(start, tmp)
     assert server.ask('/hi.sh', body).body == body
 
 
-def test_cgi_output_is_streamed_and_its_process_group_ends_with_the_client(cgi, tmp):
-    server = cgi({'slow': PING_CGI + 'echo first; sleep 1000 & echo $! > pid; sleep 1000'}, http=True)
+@pytest.mark.parametrize('then', ['sleep 1000', 'exit'])
+def test_cgi_output_is_streamed_and_its_process_group_ends_with_the_client(cgi, tmp, then):
+    server = cgi({'slow': PING_CGI + f'sleep 1000 & echo $! > pid; echo first; {then}'}, http=True)
     with connect(server.socket) as client:
         client.sendall(packet('/bin/slow'))
         data = b''
         while b'first' not in data:
             data += client.recv(100)
-        pid = int(wait_until(lambda: (tmp / 'bin/pid').exists() and (tmp / 'bin/pid').read_text(), 'the pid'))
+    pid = int((tmp / 'bin/pid').read_text())
     wait_until(lambda: not os.path.exists(f'/proc/{pid}'), 'the end of the program')
     server.wait_for('/bin/slow')
     assert server.ask().text == 'hello\n'
