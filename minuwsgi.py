@@ -171,6 +171,15 @@ OPTIONS = (
     ('stats-http', flag, False, ''),
     ('logto', filename, None, 'log to this file'),
     ('disable-logging -L', flag, False, 'no log line for each request'),
+    'Other languages',
+    ('worker-exec', anything, None, 'each worker becomes this command, with the socket as its descriptor 0'),
+    ('rack', filename, None, 'serve this Ruby application, such as config.ru'),
+    ('psgi', filename, None, 'serve this Perl application, such as app.psgi'),
+    ('cgi', anything, (), 'run programs: /prefix=/directory, /prefix=/file or /directory'),
+    ('cgi-helper', anything, (), '.ext=command that runs programs with this extension'),
+    ('cgi-allowed-ext', word, (), 'run nothing with another extension than .ext'),
+    ('cgi-index', word, (), 'the program for a directory, such as index.cgi'),
+    ('cgi-timeout', positive, 60, 'seconds that a CGI program may be silent until it is killed'),
     'Configuration',
     ('ini', filename, (), 'read this file, or file:section'),
     ('set -S', anything, (), 'NAME=value: an option, or a variable for %(NAME)'),
@@ -808,7 +817,7 @@ def owner(names):
 
 PACKET_MAX = 4 + 0xffff                 # the largest packet, without its body
 PING, PONG = 100, b'\x64\0\0\1'         # modifier1 of a health check, and its answer
-WSGI, WSGI_STRIP = 0, 30                # 30: PATH_INFO begins with SCRIPT_NAME, which is taken off
+WSGI, CGI, WSGI_STRIP = 0, 9, 30        # 30: PATH_INFO begins with SCRIPT_NAME, which is taken off
 
 
 class BadRequest(Exception):
@@ -1691,6 +1700,339 @@ def byte_range(wanted, size):
 
 
 # ---------------------------------------------------------------------------------------------
+# 7b. Other languages
+#
+# Any program can be the worker of a master that owns the socket: with `worker-exec` each worker
+# becomes a command that finds the listening socket at its descriptor 0. php-cgi speaks FastCGI there,
+# a Go program what it likes. For Ruby and Perl the program stands here: the protocol of part 4 in two
+# other languages. Both read a body whole, a large one into a file, before they call the application;
+# so no byte is left unread that would reset the connection. The master stops them by SIGTERM, which
+# they heed between two requests.
+
+RACK = r'''
+require 'rack'; require 'socket'; require 'stringio'; require 'tempfile'
+app = [Rack::Builder.parse_file($0 = File.expand_path(ARGV[0]))].flatten.first     # Rack 2: [app, options]
+ERROR = "HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n"
+server, (stop, tell) = Socket.for_fd(0), IO.pipe
+trap(:TERM) { tell.write_nonblock('.', exception: false) }
+until IO.select([server, stop])[0].include? stop
+  client, = server.accept_nonblock(exception: false)
+  next if client == :wait_readable                              # another worker was faster
+  begin
+    start, body, input = ERROR, nil, nil
+    modifier, size = client.read(4).to_s.unpack('Cv')
+    next unless size && modifier < 32 && (block = client.read(size).to_s).bytesize == size
+    block, env = StringIO.new(block), { 'SCRIPT_NAME' => '' }
+    until block.eof?
+      name, value = Array.new(2) { block.read(block.read(2).unpack1('v')) }
+      first = name.start_with?('HTTP_') && env[name]            # a header that comes twice
+      env[name] = first ? first + (name == 'HTTP_COOKIE' ? '; ' : ', ') + value : value
+    end
+    env.delete_if { |key, text| key =~ /\AHTTP_(PROXY|CONTENT_(TYPE|LENGTH))\z/ || key =~ /\ACONTENT_/ && text == '' }
+    length = env['CONTENT_LENGTH'].to_i
+    input = (length > 65_536 ? Tempfile.new.tap(&:unlink) : StringIO.new(String.new)).binmode
+    next if IO.copy_stream(client, input, length) < length || input.rewind > 0      # the client left
+    env.update('rack.version' => [1, 3], 'rack.input' => input, 'rack.errors' => $stderr, 'rack.run_once' => false,
+               'rack.multithread' => false, 'rack.multiprocess' => true,
+               'rack.url_scheme' => env['HTTPS'] == 'on' ? 'https' : env['REQUEST_SCHEME'] || 'http')
+    status, headers, body = app.call(env)
+    lines = headers.flat_map do |key, text|                     # several values: lines in Rack 2, an array in Rack 3
+      [text].flatten.join("\n").lines.map { |line| "#{key}: #{line.delete "\r\n"}\r\n" }
+    end
+    start = "HTTP/1.1 #{status} #{Rack::Utils::HTTP_STATUS_CODES[status.to_i]}\r\n#{lines.join}\r\n"
+    send = ->(part) { head, start = start, ''; client.write(head, part) }
+    body.respond_to?(:each) ? body.each(&send) : (send.(''); body.call(client)) if env['REQUEST_METHOD'] != 'HEAD'
+    send.('') unless start.empty?
+  rescue Exception => error
+    warn error.full_message(highlight: false) unless start.empty? && error.is_a?(Errno::EPIPE)
+    client.write(ERROR) rescue nil unless start.empty?
+  ensure
+    [body, input, client].each { |thing| thing.close if thing.respond_to? :close rescue warn $!.full_message }
+  end
+end
+'''
+
+PSGI = r'''
+use strict; use warnings; use Carp 'longmess'; use HTTP::Status 'status_message'; use Plack::Util;
+my $app = Plack::Util::load_psgi($0 = shift);
+my ($client, $start, $head_only, $trace, $stop);
+$SIG{TERM} = sub { $stop = 1 }; $SIG{PIPE} = 'IGNORE'; $SIG{__DIE__} = sub { $trace = longmess(@_) };
+sub request { my ($head, $block, $memory, $data, %env);         # the packet and the body -> the environment
+    my ($modifier, $size) = unpack 'Cv', read($client, $head, 4) ? $head : '';
+    return unless $size && $modifier < 32 && read($client, $block, $size) == $size;
+    my @fields = unpack '(v/a)*', $block;
+    while (my ($name, $value) = splice @fields, 0, 2) {
+        my $again = $name =~ /^HTTP_/ && exists $env{$name};    # a header that comes twice
+        $env{$name} = $again ? join $name eq 'HTTP_COOKIE' ? '; ' : ', ', $env{$name}, $value : $value;
+    }
+    delete @env{qw(HTTP_PROXY HTTP_CONTENT_TYPE HTTP_CONTENT_LENGTH)}; my $left = $env{CONTENT_LENGTH} || 0;
+    open my $input, '+>', $left > 65_536 ? undef : \$memory or die "no temporary file: $!";
+    while ($left > 0) { $left -= read($client, $data, $left < 8192 ? $left : 8192) || return; print $input $data }
+    seek $input, 0, 0;
+    return { SCRIPT_NAME => '', PATH_INFO => '', %env, 'psgi.version' => [1, 1], 'psgi.run_once' => '',
+        'psgi.input' => $input, 'psgix.input.buffered' => 1, 'psgi.errors' => \*STDERR, 'psgi.multithread' => '',
+        'psgi.multiprocess' => 1, 'psgi.nonblocking' => '', 'psgi.streaming' => 1,
+        'psgi.url_scheme' => ($env{HTTPS} || '') eq 'on' ? 'https' : $env{REQUEST_SCHEME} || 'http' };
+}
+sub part {                                                      # send the head, if it wasn't, and some of the body
+    (my $data, $start) = ($head_only ? $start : $start . $_[0], '');
+    while (length $data) { substr $data, 0, syswrite($client, $data) // ($!{EINTR} ? 0 : die \'the client left'), '' }
+}
+sub respond { my ($status, $headers, $body) = @{$_[0]};
+    my $head = "HTTP/1.1 $status " . (status_message($status) // '');
+    Plack::Util::header_iter($headers, sub { $head .= "\r\n$_[0]: " . $_[1] =~ tr/\r\n//dr });
+    $start = "$head\r\n\r\n";
+    Plack::Util::foreach($body, \&part) if $body;
+    part('') if !$body || length $start;
+    return Plack::Util::inline_object(write => \&part, close => sub {});
+}
+until ($stop) {
+    accept $client, STDIN or $!{EINTR} ? next : die "accept: $!";
+    my $env = request() or next;
+    ($start, $head_only) = ("HTTP/1.1 500 Internal Server Error\r\n\r\n", $env->{REQUEST_METHOD} eq 'HEAD');
+    next if eval { my $answer = $app->($env); ref $answer eq 'CODE' ? $answer->(\&respond) : respond($answer); 1 };
+    print STDERR $trace unless ref $@ eq 'SCALAR'; eval { part('') } if length $start;
+} continue { close $client if $client }
+'''
+
+
+def worker_command(config):
+    """The command that each worker becomes, as a list; None where the workers serve Python."""
+    if config.rack:
+        return ['ruby', '-e', RACK, config.rack]
+    if config.psgi:
+        return ['perl', '-e', PSGI, config.psgi]
+    if config.worker_exec:
+        import shlex
+        return shlex.split(config.worker_exec)
+    return None
+
+
+def become(command, sockets):
+    """Execute a command in the place of this process. The sockets are its descriptors 3, 4 and so on, as
+    sd_listen_fds(3) has it, and the first of them is 0 too. Comes back only if that fails."""
+    import ctypes
+    import fcntl
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG: when the master dies, however it dies
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:    # Python ignores some: it is inherited
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # comes from a terminal to the whole group: the master decides
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    free = [fcntl.fcntl(socket, fcntl.F_DUPFD_CLOEXEC, 3 + len(sockets)) for socket in sockets]
+    for target, fd in enumerate(free, 3):
+        os.set_blocking(fd, True)
+        os.dup2(fd, target)
+    os.dup2(free[0], 0)
+    os.environ.update(LISTEN_FDS=str(len(free)), LISTEN_PID=str(os.getpid()))
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        log(f"minuwsgi: can't execute {command[0]}: {error.strerror}")
+
+
+# CGI (RFC 3875) is a WSGI application that runs a program for each request. Its input is a file with the
+# whole body: nginx stops sending one when an answer begins, so a program that writes while it reads
+# would wait for ever. Its output is streamed. The program leads a process group, which is killed when
+# the client leaves or the program is silent for too long.
+
+class CgiFailed(Exception):
+    """A CGI program gives no proper answer: the status for the client, and why."""
+
+
+def cgi_application(config, fallback):
+    """A WSGI application that runs the programs of `cgi`, and leaves what isn't there to fallback (or None)."""
+    import shlex
+    mounts = []
+    for item in config.cgi:
+        mount, equals, target = item.partition('=')
+        mounts.append((mount.rstrip('/') if equals else '', os.path.realpath(target if equals else item)))
+    mounts.sort(key=lambda mount: -len(mount[0]))
+    helpers = {extension: shlex.split(command)
+               for extension, _, command in (item.partition('=') for item in config.cgi_helper)}
+
+    def application(environ, start_response):
+        path = os.fsdecode((environ['SCRIPT_NAME'] + environ['PATH_INFO']).encode('latin-1'))
+        mount, root = next((each for each in mounts if (path + '/').startswith(each[0] + '/')), ('', None))
+        found = root and find_script(root, path[len(mount):], config.cgi_index)
+        if not found:
+            return fallback(environ, start_response) if fallback else in_words(
+                start_response, '404 Not Found', 'there is no such program')
+        file, name, info = found
+        if os.path.isdir(file):
+            return add_slash(environ, start_response, path)
+        helper = helpers.get(os.path.splitext(file)[1], [])
+        if why := forbidden(file, root, helper, config.cgi_allowed_ext):
+            log(f'{file}: {why}')
+            return in_words(start_response, '403 Forbidden', why)
+        variables = cgi_variables(environ, root, file, mount + name, info)
+        return run_cgi([*helper, file], variables, environ['wsgi.input'], config.cgi_timeout, start_response)
+    return application
+
+
+def in_words(start_response, status, why, *headers):
+    text = f'{status}: {why}\n'.encode()
+    headers += ('Content-Type', 'text/plain; charset=utf-8'), ('Content-Length', str(len(text)))
+    start_response(status, headers)
+    return [text]
+
+
+def find_script(root, path, index):
+    """(file, the part of path that names it, the rest) in a directory, or for root itself if that is a file.
+    A directory stands for itself where only the slash at its end is missing."""
+    if '\0' in path or '..' in path.split('/'):
+        return None
+    file, at = root, 0
+    while at < len(path) and os.path.isdir(file):
+        end = path.find('/', at + 1) if '/' in path[at + 1:] else len(path)
+        file, at = os.path.join(file, path[at + 1:end]), end
+    if os.path.isdir(file):
+        for name in index:
+            if os.path.isfile(os.path.join(file, name)):
+                return (os.path.join(file, name), path + name, '') if path[-1:] == '/' else (file, path, '')
+        return None
+    return (file, path[:at], path[at:]) if os.path.isfile(file) else None
+
+
+def add_slash(environ, start_response, path):
+    from urllib.parse import quote
+    query = environ['QUERY_STRING']
+    where = quote('/' + path.lstrip('/')) + '/' + (query and '?' + query)
+    return in_words(start_response, '301 Moved Permanently', where, ('Location', where))
+
+
+def forbidden(file, root, helper, extensions):
+    """Why a program must not be run, or None."""
+    real = os.path.realpath(file)
+    if real != root and not real.startswith(root.rstrip('/') + '/'):
+        return 'the link leads out of the directory'
+    if extensions and not file.endswith(extensions):
+        return 'cgi-allowed-ext does not allow this extension'
+    if not helper and not os.access(file, os.X_OK):
+        return 'the file is not executable, and there is no cgi-helper for its extension'
+    return None
+
+
+def cgi_variables(environ, root, file, name, info):
+    """The environment of a CGI program: the server's own and the request's."""
+    variables = dict(os.environ)
+    variables.update((key, value.encode('latin-1')) for key, value in environ.items()
+                     if type(value) is str and '.' not in key)
+    documents = variables.setdefault('DOCUMENT_ROOT', root.encode())
+    variables.update(GATEWAY_INTERFACE='CGI/1.1', SERVER_SOFTWARE=f'minuwsgi/{__version__}', REDIRECT_STATUS='200',
+                     SCRIPT_NAME=name, SCRIPT_FILENAME=file, PATH_INFO=info,
+                     PATH_TRANSLATED=info and os.fsdecode(documents) + info)
+    for key in ('PATH_INFO', 'PATH_TRANSLATED', 'CONTENT_LENGTH', 'CONTENT_TYPE'):
+        if not variables.get(key):
+            variables.pop(key, None)
+    variables.pop('HTTP_PROXY', None)                   # a header must not steer the clients within the program
+    return variables
+
+
+def start_program(command, variables, body):
+    import shutil
+    import subprocess
+    import tempfile
+    with tempfile.TemporaryFile() as file:
+        shutil.copyfileobj(body, file)
+        if file.tell():
+            variables['CONTENT_LENGTH'] = str(file.tell())      # a chunked body has none
+        file.seek(0)
+        try:
+            return subprocess.Popen(command, bufsize=0, stdin=file, stdout=subprocess.PIPE, env=variables,
+                                    cwd=os.path.dirname(command[-1]), start_new_session=True)
+        except (OSError, ValueError) as error:
+            raise CgiFailed('502 Bad Gateway', f"can't be started: {getattr(error, 'strerror', error)}") from None
+
+
+def run_cgi(command, variables, body, seconds, start_response):
+    """Run a program for one request: yields the body of its answer."""
+    import subprocess
+    process, begun = None, False
+    try:
+        process = start_program(command, variables, body)
+        output = cgi_output(process.stdout.fileno(), start_response.__self__.fd, seconds)
+        head, rest = cgi_head(output)
+        status, headers = parse_cgi_head(head)
+        begun = True
+        start_response(status, headers)
+        yield rest
+        yield from output
+        if process.wait(1) < 0:
+            raise CgiFailed('', f'died: {signal.Signals(-process.returncode).name}')
+    except CgiFailed as error:
+        status, why = error.args
+        log(f'{command[-1]}: the program {why}')
+        if begun:
+            raise ClientGone(0, why) from None          # cuts the connection
+        yield from in_words(start_response, status, f'the program {why}')
+    except subprocess.TimeoutExpired:                   # it closed its output, and goes on
+        pass
+    finally:
+        if process and process.returncode is None:      # not reaped yet, so the pid is still its own
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if process:
+            process.stdout.close()
+
+
+def cgi_output(out, client, seconds):
+    """Yields what a program writes, and watches the client meanwhile."""
+    poll = select.poll()
+    poll.register(out, select.POLLIN)
+    poll.register(client, 0)                            # for POLLHUP and POLLERR
+    while True:
+        events = dict(poll.poll(seconds * 1000))
+        if client in events:
+            raise ClientGone(0, 'during a CGI program')
+        if not events:
+            raise CgiFailed('504 Gateway Timeout', f'was silent for {seconds} s')
+        data = os.read(out, READ_MAX)
+        if not data:
+            return
+        yield data
+
+
+def cgi_head(output):
+    """Read the head of a program's answer: (head, what came of the body), as bytes."""
+    import re
+    data = b''
+    for chunk in output:
+        data += chunk
+        parts = re.split(rb'\r?\n\r?\n', data, maxsplit=1)
+        if len(parts) == 2:
+            return parts
+        if len(data) > HEAD_MAX:
+            break
+    raise CgiFailed('502 Bad Gateway', 'sent too large a head' if data[HEAD_MAX:] else 'ended without a head')
+
+
+def parse_cgi_head(head):
+    """The head of a program's answer -> status, headers."""
+    import http
+    status, headers = None, []
+    for line in head.decode('latin-1').split('\n'):
+        name, colon, value = line.rstrip('\r').partition(':')
+        value = value.strip(' \t')
+        if not colon or not name or not TOKEN.issuperset(name) or '\r' in value or '\0' in value:
+            raise CgiFailed('502 Bad Gateway', f'sent {line[:80]!r} where a header is expected')
+        if name.lower() == 'status':
+            status = value
+        elif name.lower() not in HOP_BY_HOP:
+            headers.append((name, value))
+        if name.lower() == 'location' and status is None:
+            status = '302 Found'
+    status = status or '200 OK'
+    if status.isdecimal() and int(status) in iter(http.HTTPStatus):
+        status = f'{status} {http.HTTPStatus(int(status)).phrase}'
+    try:
+        status_line(status)
+    except ValueError as error:
+        raise CgiFailed('502 Bad Gateway', f'sent a bad status: {error}') from None
+    return status, headers
+
+
+# ---------------------------------------------------------------------------------------------
 # 8. Jobs and offload threads
 #
 # A client that reads slowly must not hold a worker. What is left to send is a job: a generator that
@@ -1879,7 +2221,7 @@ class Row:
     def request(self):
         """'GET /path' of the request that is, or was last, in the works."""
         size = 4 + int.from_bytes(self.memory[1:3], 'little')
-        if self.memory[0] > 32:                         # the first line of a request over HTTP
+        if self.memory[0] > WSGI_STRIP:                 # the first line of a request over HTTP
             return ' '.join(self.memory[:512].split(b'\r\n')[0].decode('latin-1').split(' ')[:2])
         try:
             variables = dict(unpack_vars(self.memory[4:size]))
@@ -2029,7 +2371,7 @@ class Core:
                     response.head_only = False
                 else:
                     response.head_only = environ['REQUEST_METHOD'] == 'HEAD'
-                    if memory[0]:
+                    if memory[0] == WSGI_STRIP:
                         strip_script_name(environ)
                     if environ.get('CONTENT_LENGTH'):
                         body = self.open_body(environ, fd, memory[end:got])
@@ -2079,7 +2421,7 @@ class Core:
         if packet[0] == PING:
             os.write(fd, PONG)
             raise ClientGone(0, 'a ping')
-        if packet[0] not in (WSGI, WSGI_STRIP):
+        if packet[0] not in (WSGI, WSGI_STRIP) and not (packet[0] == CGI and self.config.cgi):
             if bytes(packet[:3]).isalpha():
                 raise BadRequest('this socket speaks the uwsgi protocol, and this is HTTP: in nginx use uwsgi_pass, '
                                  'not proxy_pass; for a browser use the option http-socket')
@@ -2665,7 +3007,10 @@ class AppError(Exception):
 
 
 def load_application(config):
-    """The WSGI application that the options name, with its mounts."""
+    """The WSGI application that the options name, with its mounts; or the command that workers become."""
+    command = worker_command(config)
+    if command:
+        return check_command(command, config)
     mounts = {}
     for mount in config.mount:
         prefix, equals, spec = mount.partition('=')
@@ -2677,10 +3022,25 @@ def load_application(config):
         default = load_module(config.module, config.callable)
     elif config.wsgi_file:
         default = load_file(config.wsgi_file, config.callable)
+    if config.cgi:
+        default = cgi_application(config, default)
     if default is None and not mounts:
         raise AppError('no application is named: set module = package.module:callable or wsgi-file = FILE')
     application = mounted(mounts, mounts.pop('', default), config.manage_script_name) if mounts else default
     return with_static_files(config, application)
+
+
+def check_command(command, config):
+    """Is the program there? For --check, and so before a reload: does it load its application?"""
+    import shutil
+    import subprocess
+    if shutil.which(command[0]) is None:
+        raise AppError(f'there is no program {command[0]}')
+    if config.check and (config.rack or config.psgi):
+        language, option, program, file = command
+        if subprocess.call([language, option, ''.join(program.splitlines(True)[:3]), file]):    # up to its `app =`
+            raise AppError(f'{file} failed to load')
+    return command
 
 
 def load_spec(spec, config):
@@ -2976,6 +3336,7 @@ class Stats:
 
 
 notify = Notify()
+SETTLED = 1.0                           # seconds after which a program counts as ready
 
 
 def offer_uwsgi_module(config):
@@ -3007,8 +3368,9 @@ def offer_uwsgi_module(config):
 class Child:
     """A worker as the master sees it."""
 
-    def __init__(self, pid, number, rows, lifeline):
+    def __init__(self, pid, number, rows, lifeline, retire):
         self.pid, self.number, self.rows, self.lifeline = pid, number, rows, lifeline
+        self.retire = retire                            # the signal that lets it finish while others go on
         self.born = time.monotonic()
         self.old = rows is None                         # from before the reload: to be replaced
         self.kill_at = self.stop_at = math.inf          # deadlines: SIGKILL; repeat the stop
@@ -3016,7 +3378,7 @@ class Child:
         self.why_killed = ''
 
     def is_ready(self):
-        return self.old or bool(self.rows[0].numbers[READY])
+        return self.old or 0 < self.rows[0].numbers[READY] <= time.monotonic()
 
     def must_go(self):
         return self.old or bool(self.rows[0].numbers[LEAVING])
@@ -3040,6 +3402,7 @@ class Master:
         self.config, self.listeners, self.application, self.hooks = config, listeners, application, hooks
         self.pidfile, self.start, self.signals = pidfile, start, signals
         self.children = {}                              # pid -> Child
+        self.command = worker_command(config)
         self.all_rows = [[Row() for _ in range(config.threads)] for _ in range(2 * config.processes + 2)]
         self.free = list(self.all_rows)
         self.total = memoryview(mmap.mmap(-1, 4096)).cast('Q')
@@ -3096,8 +3459,11 @@ class Master:
         elif number in (signal.SIGUSR1, signal.SIGUSR2):
             if number == signal.SIGUSR1:
                 reopen_log(self.config)
-            for pid in self.children:
-                os.kill(pid, number)
+            for pid, child in self.children.items():
+                if child.retire == signal.SIGHUP:       # a worker of Python
+                    os.kill(pid, number)
+                elif child.rows and number == signal.SIGUSR1:
+                    child.rows[0].numbers[LEAVING] = 1  # others keep the log that they began with: replace them
 
     def stop(self):
         self.stopping += 1
@@ -3176,6 +3542,8 @@ class Master:
         deadlines = [self.tick] if not self.stopping else []
         for child in self.children.values():
             deadlines += child.kill_at, child.stop_at
+            if not child.is_ready() and child.rows[0].numbers[READY]:
+                deadlines.append(child.rows[0].numbers[READY])
             if self.config.harakiri and child.kill_at == math.inf:      # no request can be overdue before that
                 deadlines.append(min((row.numbers[STARTED] for row in child.busy()), default=now) + self.config.harakiri)
             if self.config.max_worker_lifetime and child.rows and not child.must_go():
@@ -3231,10 +3599,10 @@ class Master:
                 starting = True
             elif fresh and fresh[0].is_ready():
                 for child in stale:
-                    self.tell_to_stop(child, signal.SIGHUP)
+                    self.tell_to_stop(child, child.retire)
         for child in self.children.values():
             if child.number > self.wanted and not child.stop_with and not starting:
-                self.tell_to_stop(child, signal.SIGHUP)
+                self.tell_to_stop(child, child.retire)
 
     def spawn(self, number):
         """fork(), and all that belongs to it. The signals are blocked meanwhile: a signal to the young
@@ -3250,7 +3618,8 @@ class Master:
         pid = os.fork()
         if pid:
             os.close(lifeline)
-            self.children[pid] = Child(pid, number, rows, hold)
+            retire = signal.SIGTERM if self.command else signal.SIGHUP
+            self.children[pid] = Child(pid, number, rows, hold, retire)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             return
         status = 1
@@ -3274,6 +3643,11 @@ class Master:
             if owned is not None:
                 owned.close()
         name_process(self.config, f'worker {number}')
+        if self.command:                                # it can't say when it is ready: when it has lived for a while
+            rows[0].numbers[READY] = time.monotonic() + SETTLED
+            os.kill(master, signal.SIGCHLD)
+            become(self.command, [listener.socket for listener in self.listeners])
+            return EXIT_NO_APP
         worker = Worker(self.config, self.listeners, self.application, rows, self.total, number, master)
         worker.all_rows = [rows[0] for rows in self.all_rows]
         rows[0].numbers[PID], rows[0].numbers[NUMBER] = os.getpid(), number
@@ -3313,15 +3687,17 @@ class Master:
         """A worker ended: say why if nobody asked it to, and slow down if that comes again and again."""
         now = time.monotonic()
         os.close(child.lifeline)
-        ready, doing, answered = child.is_ready(), child.doing(now), child.answered()
-        self.ever_ready = self.ever_ready or ready
+        ready, doing, answered = child.is_ready(), child.doing(now), child.answered() or self.command and child.is_ready()
+        self.ever_ready = self.ever_ready or any(c.is_ready() for c in (child, *self.children.values()))
         if child.rows is not None:
             child.rows[0].numbers[PID] = 0
             self.free.append(child.rows)
         if child.stop_with and (code == 0 or self.stopping or child.stop_with == signal.SIGKILL):
             return
-        if code == EXIT_NO_APP and not self.ever_ready and not any(other.old for other in self.children.values()):
-            self.exit_code, self.stopping = code, 2     # no use in trying again; a supervisor must see it
+        if not self.ever_ready and (code == EXIT_NO_APP or self.command and code):
+            if self.command:
+                log(f'minuwsgi: {self.command[0]} ended before it was ready: {self.describe_exit(code)}')
+            self.exit_code, self.stopping = EXIT_NO_APP, 2      # no use in trying again; a supervisor must see it
             for other in self.children.values():
                 other.kill_at = 0
             return
@@ -3365,7 +3741,8 @@ class Master:
         import json
         state = {'sockets': [(listener.address, listener.protocol, listener.socket.fileno(), listener.inode)
                              for listener in self.listeners],
-                 'workers': [(child.pid, child.number, child.lifeline) for child in self.children.values()],
+                 'workers': [(child.pid, child.number, child.lifeline, child.retire)
+                             for child in self.children.values()],
                  'pidfile': self.pidfile and self.pidfile.fd, 'again': self.reload_wanted}
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
         for fd in (*(entry[2] for entry in state['sockets'] + state['workers']), state['pidfile']):
@@ -3376,9 +3753,9 @@ class Master:
 
     def adopt(self, workers):
         """After the exec: the workers of the old image are still our children."""
-        for pid, number, lifeline in workers:
+        for pid, number, lifeline, retire in workers:
             os.set_inheritable(lifeline, False)
-            self.children[pid] = Child(pid, number, None, lifeline)
+            self.children[pid] = Child(pid, number, None, lifeline, retire)
 
 
 def load_or_log(config):
@@ -3675,6 +4052,9 @@ def vacuum(config, listeners):
 def serve_alone(config, listeners, application):
     """Without a master: this process is the worker."""
     rows = [Row() for _ in range(config.threads)]
+    if type(application) is list:
+        become(application, [listener.socket for listener in listeners])
+        return EXIT_NO_APP
     worker = Worker(config, listeners, application, rows, memoryview(bytearray(8)).cast('Q'), 1, None)
     worker.handle_signals()
     signal.signal(signal.SIGINT, worker.on_stop)
