@@ -69,6 +69,7 @@ OPTIONS = (
     ('chdir2', filename, None, 'go to this directory when the application is loaded'),
     ('pythonpath pp python-path', filename, (), 'put this directory in front of sys.path (may hold *)'),
     ('virtualenv home venv pyhome -H', filename, None, 'run with the Python of this virtual environment'),
+    ('optimize -O', number, 0, 'start Python with -O (1) or -OO (2)'),
     ('env', pair, (), 'NAME=value for the application'),
     ('import pyimport py-import python-import', word, (), 'import this module before the application'),
     ('pyargv', anything, None, 'sys.argv[1:] for the application'),
@@ -248,7 +249,7 @@ NOT_SUPPORTED = (
     ('master-as-root immediate-uid immediate-gid add-gid no-initgroups drop-after-apps', 'uid and gid'),
     ('chroot pivot-root pivot_root refork* re-fork* unshare* namespace* ns ns-net setns* jailed tuntap* cgroup* '
      'limit-nproc prio cpu-affinity never-swap ksm', 'the systemd unit, or a container'),
-    ('optimize -O no-site py-programname py-program-name py-executable py-sys-executable python-version config-py',
+    ('no-site py-programname py-program-name py-executable py-sys-executable python-version config-py',
      'options of the python3 that starts minuwsgi'),
     ('py python eval pyrun pyshell* web3* pump* wsgi-lite* pecan paste* ini-paste* symcall* pymodule-alias dlopen '
      'post-pymodule-alias shared-import shared-py* python-raw python-worker-override py-auto-reload-ignore test -J',
@@ -453,29 +454,33 @@ class Setting:
     def __init__(self, name, value, where):
         self.name, self.value, self.where = name, value, where
         self.fate, self.remark = fate(name, value)
+        self.warnings, self.errors = [], []
 
-    def say(self, remark, to):
-        """Add a remark, and put it on the list of warnings or errors."""
+    def warn(self, remark):
         self.remark = f'{self.remark}; {remark}' if self.remark else remark
-        to.append(f'{self.where}: {remark}')
+        self.warnings.append(f'{self.where}: {remark}')
 
-    def strip_comment(self, to):
+    def fail(self, remark):
+        self.warn(remark)
+        self.errors.append(self.warnings.pop())
+
+    def strip_comment(self):
         """uWSGI keeps a comment after a value as a part of it, which is never meant."""
         text = ' ' + self.value.replace('\t', ' ')
         at = min((i for i in (text.find(' ;'), text.find(' #')) if i >= 0), default=-1)
         if at >= 0:
             comment, self.value = self.value[at:].strip(), self.value[:at].rstrip()
-            self.say(f'{self.name}: a comment needs a line of its own, {comment!r} is left out', to)
+            self.warn(f'{self.name}: a comment needs a line of its own, {comment!r} is left out')
 
 
 COMMAND_LINE = 'command line'
 
 
 class Settings:
-    """The list of all settings, in the order in which they apply; what was found wrong with them."""
+    """The list of all settings, in the order in which they apply."""
 
     def __init__(self):
-        self.all, self.warnings, self.errors, self.notes = [], [], [], []
+        self.all, self.notes = [], []   # notes: what is wrong with a file as a whole
         self.block = None               # inside if or for: (texts for %(_), the lines gathered so far)
         self.files = []                 # (file, section) of all that was read
         self.inherited = []             # (file, where): read when all else was
@@ -498,13 +503,13 @@ class Settings:
         except ConfigError as error:
             if setting.where == COMMAND_LINE:
                 raise
-            setting.say(str(error), self.errors)
+            setting.fail(str(error))
 
     def obey(self, setting):
         """Do what a line says that steers the reading; the others wait for Config."""
         name, value, where = setting.name, setting.value, setting.where
         if setting.fate in ('used', 'unknown') and (name not in BY_NAME or BY_NAME[name].kind is not anything):
-            setting.strip_comment(self.warnings)
+            setting.strip_comment()
         if block_kind(name) and self.block is not None:
             raise ConfigError(f'{name} within another block: there are no nested blocks')
         elif block_kind(name):
@@ -560,7 +565,7 @@ class Settings:
             file, _, section = name.rpartition(':')
         file = file or (self.files[-1][0] if self.files else '')
         if (file, section) in self.files:
-            setting.say(f'{file}:{section} was read already', self.warnings)
+            setting.warn(f'{file}:{section} was read already')
             return
         try:
             with open(file, encoding='utf-8-sig', errors='surrogateescape', newline='') as lines:
@@ -625,7 +630,7 @@ class Settings:
             try:
                 setting.value = self.fill(setting.value, (setting.name,))
             except ConfigError as error:
-                setting.say(str(error), self.errors if setting.fate == 'used' else self.warnings)
+                getattr(setting, 'fail' if setting.fate == 'used' else 'warn')(str(error))
 
 
 def target(argument):
@@ -676,16 +681,17 @@ class Config:
     """The options as attributes (- becomes _); nothing changes them after load_config()."""
 
     def __init__(self, settings):
-        self.settings, self.notes, self.asked, self.setters = settings.all, settings.notes, settings.asked, {}
-        self.warnings, self.errors = settings.warnings, settings.errors
+        self.settings, self.notes, self.asked = settings.all, settings.notes, settings.asked
+        self.setters = {}                               # attribute -> the setting that set it
         for option in ROWS:
             setattr(self, option.attribute, option.default)
         settings.expand()
         for setting in sorted(settings.all, key=lambda setting: setting.where == COMMAND_LINE):    # it wins
             self.take(setting)
+        self.warnings = list(dict.fromkeys([*self.notes, *(text for s in self.settings for text in s.warnings)]))
+        self.errors = list(dict.fromkeys(text for s in self.settings for text in s.errors))
         if self.strict:
-            self.errors += [f'{s.where}: {s.remark} (strict)' for s in settings.all if s.fate == 'unknown']
-        self.warnings, self.errors = list(dict.fromkeys(self.notes + self.warnings)), list(dict.fromkeys(self.errors))
+            self.errors += [f'{s.where}: {s.remark} (strict)' for s in self.settings if s.fate == 'unknown']
 
     def take(self, setting):
         """Give one setting its fate, and its value to the attribute that it sets."""
@@ -693,12 +699,12 @@ class Config:
         if setting.fate == 'unknown' and (setting.name in self.asked or setting.where.startswith('environment')):
             setting.fate = 'variable'
         elif setting.fate == 'unknown' and name != setting.name and fate(name)[0] != 'unknown':
-            setting.say(f"'{setting.name}' is written '{name}'", self.warnings)
+            setting.warn(f"'{setting.name}' is written '{name}'")
             setting.name, setting.fate = name, fate(name)[0]
         if setting.fate == 'unknown':
-            setting.say(describe_unknown(setting.name, setting.value), self.warnings)
+            setting.warn(describe_unknown(setting.name, setting.value))
         elif setting.fate == 'unsupported':
-            self.warnings.append(f"{setting.where}: '{setting.name}' isn't supported; instead: {setting.remark}")
+            setting.warnings.append(f"{setting.where}: '{setting.name}' isn't supported; instead: {setting.remark}")
         elif setting.name in BY_NAME:
             self.convert(setting, BY_NAME[setting.name])
 
@@ -713,9 +719,9 @@ class Config:
         elif kind in (filename, word) and value.lower() in BOOLEANS:
             taken = value
         if taken == '':
-            return setting.say(f'{setting.name}: it is empty and left out; {kind.expected} is expected', self.warnings)
+            return setting.warn(f'{setting.name}: it is empty and left out; {kind.expected} is expected')
         if taken is not None:
-            setting.say(f'{setting.name} = {value}: {kind.expected} is expected; taken as {taken!r}', self.warnings)
+            setting.warn(f'{setting.name} = {value}: {kind.expected} is expected; taken as {taken}')
         if kind is not anything:
             self.doubt(setting)
         try:
@@ -723,11 +729,12 @@ class Config:
             if kind in NUMERIC and value < 0:
                 refuse()
         except ValueError:
-            return setting.say(f"'{setting.name} = {setting.value}': {kind.expected} is expected", self.errors)
+            return setting.fail(f"'{setting.name} = {setting.value}': {kind.expected} is expected")
         if type(option.default) is tuple:
             value = (*getattr(self, option.attribute), value)
         elif option.attribute in self.setters:
-            self.setters[option.attribute].say(f'{setting.where} overrides it', [])
+            earlier = self.setters[option.attribute]
+            earlier.remark = f'{earlier.remark}; '.lstrip('; ') + f'{setting.where} overrides it'
         self.setters[option.attribute] = setting
         return setattr(self, option.attribute, value)
 
@@ -735,13 +742,13 @@ class Config:
         """Warn of what uWSGI takes literally and nobody means."""
         value = setting.value
         if value[:1] in ('"', "'") and value[-1:] == value[:1]:
-            setting.say(f'{setting.name}: the quotes are a part of the value; leave them out', self.warnings)
+            setting.warn(f'{setting.name}: the quotes are a part of the value; leave them out')
         if '{{' in value or '{%' in value or '<%' in value:
-            setting.say(f"{setting.name}: a template that wasn't filled in", self.warnings)
+            setting.warn(f"{setting.name}: a template that wasn't filled in")
         elif '$(' in value:
-            setting.say(f'{setting.name}: {value}: there is no such variable in the environment', self.warnings)
+            setting.warn(f'{setting.name}: {value}: there is no such variable in the environment')
         elif '$' in value:
-            setting.say(f'{setting.name}: {value}: variables of the environment are written $(NAME)', self.warnings)
+            setting.warn(f'{setting.name}: {value}: variables of the environment are written $(NAME)')
 
 
 def load_config(arguments):
@@ -964,7 +971,7 @@ def owner(names):
         uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid if user else -1
         gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid if group else -1
     except KeyError as error:
-        raise ConfigError(f'{names}: {error.args[0]}') from None
+        raise ConfigError(f"{names.strip(':')}: {error.args[0]}") from None
     return uid, gid
 
 
@@ -2906,25 +2913,27 @@ def set_limits(config):
                 log(f'{name}: {error}')
 
 
-def enter_virtualenv(directory):
-    """Go on as the Python of a virtual environment, unless this is it."""
-    directory = os.path.abspath(directory)
-    if os.path.realpath(sys.prefix) == os.path.realpath(directory):
-        return
-    python = os.path.join(directory, 'bin', 'python')
-    if not os.access(python, os.X_OK):
-        there = os.path.isdir(directory)
-        raise ConfigError(f"virtualenv = {directory}: {'it has no bin/python' if there else 'there is no such directory'}"
-                          f'; make one with: python3 -m venv {directory}')
-    os.execv(python, [python, os.path.abspath(sys.argv[0]), *sys.argv[1:]])
+def enter_python(config):
+    """Go on as the Python of `virtualenv`, with `optimize`, unless this is it."""
+    python = sys.executable
+    if config.virtualenv:
+        directory = os.path.abspath(config.virtualenv)
+        if os.path.realpath(sys.prefix) != os.path.realpath(directory):
+            python = os.path.join(directory, 'bin', 'python')
+        if not os.access(python, os.X_OK):
+            there = 'it has no bin/python' if os.path.isdir(directory) else 'there is no such directory'
+            raise ConfigError(f'virtualenv = {directory}: {there}; make one with: python3 -m venv {directory}')
+    optimize = min(config.optimize, 2)
+    if python != sys.executable or optimize > sys.flags.optimize:
+        flags = ['-' + 'O' * optimize] if optimize else []
+        os.execv(python, [python, *flags, os.path.abspath(sys.argv[0]), *sys.argv[1:]])
 
 
 def check(config):
     """Print each line of the configuration, then all that would stop a start. The exit code."""
     show_config(config)
     errors = list(config.errors)
-    trials = [(enter_virtualenv, config.virtualenv)] if config.virtualenv else []
-    trials += [(prepare, config), (owner, f'{config.uid or ""}:{config.gid or ""}'), (owner, config.chown_socket or '')]
+    trials = [(enter_python, config), (prepare, config), (owner, f'{config.uid or ""}:{config.gid or ""}'), (owner, config.chown_socket or '')]
     trials += [(try_address, address) for address in config.socket + config.uwsgi_socket + config.http_socket]
     for trial, what in trials:
         try:
@@ -3058,8 +3067,8 @@ def main(arguments):
             return 0
         if config.check:
             return check(config)
-        if config.virtualenv:
-            enter_virtualenv(config.virtualenv)
+        if not config.errors:
+            enter_python(config)
         for warning in config.warnings:
             log(warning)
         if config.errors:
