@@ -48,7 +48,8 @@ seconds = Kind('a number of seconds', lambda value: float(value) if '.' in value
 megabytes = Kind('a whole number of megabytes', lambda value: int(value) << 20)
 octal = Kind('an octal mode such as 660', lambda value: 0o666 if value == '1' or BOOLEANS.get(value.lower()) else
              int(value, 8) if int(value, 8) <= 0o777 else refuse())
-protocol = Kind('uwsgi or http', lambda value: {'uwsgi': value, 'http': value}.get(value) or refuse())
+protocol = Kind('uwsgi or http', lambda value: 'http' if value == 'http11' else
+                value if value in ('uwsgi', 'http') else refuse())
 filename = Kind('a path', str)
 word = Kind('a name or an address', str)
 pair = Kind('name=value', lambda value: value if value.find('=') > 0 else refuse())
@@ -508,7 +509,8 @@ class Settings:
     def obey(self, setting):
         """Do what a line says that steers the reading; the others wait for Config."""
         name, value, where = setting.name, setting.value, setting.where
-        if setting.fate in ('used', 'unknown') and (name not in BY_NAME or BY_NAME[name].kind is not anything):
+        if setting.fate in ('used', 'unknown') and name != 'env' and (
+                name not in BY_NAME or BY_NAME[name].kind is not anything):
             setting.strip_comment()
         if block_kind(name) and self.block is not None:
             raise ConfigError(f'{name} within another block: there are no nested blocks')
