@@ -25,10 +25,11 @@ __version__ = '0.1'
 # 1. Options and the INI dialect
 #
 # uWSGI's configuration is one flat list of settings (name, value, where it stands), from the
-# environment (UWSGI_*), from INI files and from the command line. Three steps make a Config of it:
-# Settings gathers the list (files include files; if and for blocks choose and repeat lines);
-# Settings.expand() fills in $(ENV), @(file) and %(name); configure() looks each name up in one table
-# and converts its value. All that is wrong is told at once, with file and line.
+# environment (UWSGI_*), from the command line and from INI files. Three steps make a Config of it:
+# Settings gathers the list (files include files; if and for blocks choose and repeat lines), then
+# fills in $(ENV), @(file) and %(name); Config looks each name up in one table and converts its value.
+# Every line has a fate: used, always (needs no switch here), unsupported, variable (only a name for
+# %(name)) or unknown. All that is wrong is told at once, with file and line.
 
 class ConfigError(Exception):
     """A mistake in the configuration; its text says where, what and what to do."""
@@ -37,57 +38,36 @@ class ConfigError(Exception):
 BOOLEANS = {'true': True, 'yes': True, 'on': True, 'false': False, 'no': False, 'off': False, '': True}
 
 
-def flag(value):
-    """true or false"""
-    return BOOLEANS.get(value.lower(), value != '0')    # as in uWSGI: what doesn't say no means yes
+def refuse():
+    raise ValueError
 
 
-def number(value):
-    """a whole number"""
-    if value.lower() in BOOLEANS:
-        return 0                                        # as uWSGI's atoi(); configure() says so
-    if not value.isdecimal():
-        raise ValueError
-    return int(value)
+# What a value should be, and how it is converted (with a ValueError where it can't be).
+Kind = collections.namedtuple('Kind', 'expected convert')
+flag = Kind('true or false', lambda value: BOOLEANS.get(value.lower(), value != '0'))     # as uWSGI: else it means yes
+number = Kind('a whole number', int)
+positive = Kind('a whole number greater than 0', lambda value: int(value) if int(value) > 0 else refuse())
+seconds = Kind('a number of seconds', lambda value: float(value) if '.' in value else int(value))
+megabytes = Kind('a whole number of megabytes', lambda value: int(value) << 20)
+octal = Kind('an octal mode such as 660', lambda value: 0o666 if value == '1' or BOOLEANS.get(value.lower()) else
+             int(value, 8) if int(value, 8) <= 0o777 else refuse())
+protocol = Kind('uwsgi or http', lambda value: 'http' if value == 'http11' else
+                value if value in ('uwsgi', 'http') else refuse())
+filename = Kind('a path', str)
+word = Kind('a name or an address', str)
+pair = Kind('name=value', lambda value: value if value.find('=') > 0 else refuse())
+anything = Kind('any text', str)
 
 
-def positive(value):
-    """a whole number greater than 0"""
-    if number(value) < 1:
-        raise ValueError
-    return int(value)
-
-
-def octal(value):
-    """an octal mode such as 660"""
-    mode = 0o666 if value == '1' or BOOLEANS.get(value.lower()) else int(value, 8)
-    if not 0 <= mode <= 0o777:
-        raise ValueError
-    return mode
-
-
-def filename(value):
-    """a path"""
-    return value
-
-
-def word(value):
-    """a name or an address"""
-    return value
-
-
-def network(value):
-    """an address or a network such as 10.0.0.0/8"""
+def network_of(value):
     from ipaddress import ip_network
     return ip_network(value, strict=False)
 
 
-def anything(value):
-    """any text"""
-    return value
+network = Kind('an address or a network such as 10.0.0.0/8', network_of)
+NUMERIC = number, positive, seconds, megabytes
 
-
-# Each row: names (the first is ours, the others are accepted, -x is the short form), converter,
+# Each row: names (the first is ours, the others are accepted, -x is the short form), kind of value,
 # default (a tuple where the option may be repeated and its values gather), meaning. Parser,
 # defaults, --help and the README's table come from here. A line of its own is a heading.
 OPTIONS = (
@@ -95,16 +75,24 @@ OPTIONS = (
     ('module wsgi -w', word, None, 'import it: package.module or package.module:callable'),
     ('wsgi-file file', filename, None, 'run it from a Python file'),
     ('callable', word, 'application', "its name in there, where `module` doesn't say"),
-    ('mount', anything, (), '/prefix=module:callable or /prefix=file.py'),
+    ('mount', pair, (), '/prefix=module:callable or /prefix=file.py'),
     ('manage-script-name', flag, False, 'move the longest mount that fits from PATH_INFO to SCRIPT_NAME'),
     ('chdir', filename, None, 'go to this directory first'),
-    ('pythonpath pp python-path', filename, (), 'put this directory in front of sys.path'),
+    ('chdir2', filename, None, 'go to this directory when the application is loaded'),
+    ('pythonpath pp python-path', filename, (), 'put this directory in front of sys.path (may hold *)'),
     ('virtualenv home venv pyhome -H', filename, None, 'run with the Python of this virtual environment'),
-    ('env', anything, (), 'NAME=value for the application'),
+    ('env', pair, (), 'NAME=value for the application'),
+    ('import pyimport py-import python-import', word, (), 'import this module before the application'),
+    ('pyargv', anything, None, 'sys.argv[1:] for the application'),
     ('lazy-apps lazy', flag, False, 'load the application in each worker, not once before the fork'),
+    ('py-autoreload py-auto-reload python-autoreload python-auto-reload', seconds, 0,
+     'look for changed modules in this interval, and reload'),
+    ('worker-exec worker-exec2', anything, None, 'run this command as the workers, the socket as its stdin'),
     'Sockets',
-    ('socket uwsgi-socket -s', word, (), 'speak the uwsgi protocol here: path, host:port, [v6]:port, @abstract'),
-    ('http-socket http', word, (), 'speak HTTP/1.1 here'),
+    ('socket -s', word, (), 'listen here: path, host:port, :port, [v6]:port, @abstract, fd://N'),
+    ('protocol socket-protocol', protocol, 'uwsgi', 'what `socket` speaks: uwsgi or http'),
+    ('uwsgi-socket', word, (), 'speak the uwsgi protocol here'),
+    ('http-socket http http11-socket httprouter', word, (), 'speak HTTP/1.1 here'),
     ('chmod-socket chmod -C', octal, None, 'mode of unix sockets (default 660; without a value 666)'),
     ('chown-socket', word, None, 'owner of unix sockets: user or user:group'),
     ('umask', octal, None, 'umask of the server and the application'),
@@ -114,336 +102,289 @@ OPTIONS = (
     ('http-timeout', positive, 60, 'seconds that an idle or slow client may take where no worker waits'),
     ('limit-post', number, 0, 'the largest request body in bytes (0: any)'),
     ('trust-proxy', network, (), 'believe X-Forwarded-For and -Proto from this address, or network 10.0.0.0/8'),
-    'Static files',
-    ('static-map', anything, (), '/prefix=directory or file: serve what is there, before the application'),
-    ('static-map2', anything, (), '/prefix=directory, in which the prefix is a directory too'),
-    ('check-static', anything, (), 'serve what is in this directory'),
-    ('static-index', anything, (), 'the file for a directory, such as index.html'),
-    ('static-expires', anything, (), 'PATTERN SECONDS, such as *.css 3600: how long browsers may keep it'),
-    ('static-safe', anything, (), 'symbolic links may point into this directory'),
+    ('add-header', anything, (), 'a header for every response: Name: value'),
     'Processes',
     ('master -M', flag, True, '`false`: no fork, one process that serves, for a debugger'),
     ('processes workers -p', positive, 1, 'how many workers'),
     ('threads', positive, 1, 'how many requests a worker serves at once'),
     ('offload-threads offload-thread', number, 0, 'threads in a worker that finish large responses (at least 1)'),
-    ('worker-reload-mercy reload-mercy', positive, 60, 'seconds that a worker has to finish before it is killed'),
-    ('die-on-term', flag, True, '`false`: SIGTERM reloads, as in uWSGI 2.0'),
+    ('cheaper', number, 0, 'how many workers there are at least; the rest come when needed'),
+    ('cheaper-initial', number, 0, 'how many workers there are at the start'),
+    ('cheaper-step', positive, 1, 'how many workers are added at a time'),
+    ('cheaper-overload', number, 3, 'seconds of calm until one worker less, or, for backlog, waiting connections'),
+    ('cheaper-algo', word, 'spare', 'spare: more when all are busy; backlog: when too many connections wait'),
+    ('idle', seconds, 0, 'seconds without a request, for `die-on-idle`'),
+    ('die-on-idle', flag, False, 'end the server then; with socket activation it comes back'),
     ('uid', word, None, 'user to become when the sockets are bound'),
     ('gid', word, None, 'group to become'),
-    ('pidfile', filename, None, "write the master's pid here"),
-    ('daemonize -d', filename, None, 'go to the background, log to this file'),
-    ('harakiri', number, 0, 'seconds that a request may take (0: any)'),
-    ('max-requests', number, 0, 'replace a worker after so many requests'),
-    ('max-requests-delta', number, 0, ''),
-    ('max-worker-lifetime', number, 0, ''),
-    ('max-worker-lifetime-delta', number, 0, ''),
-    ('reload-on-rss', number, 0, ''),
-    ('reload-on-as', number, 0, ''),
-    ('cheaper', number, 0, ''),
-    ('cheaper-initial', number, 0, ''),
-    ('cheaper-step', number, 1, ''),
-    ('cheaper-overload', number, 3, ''),
-    ('cheaper-algo', word, 'spare', ''),
-    ('idle', number, 0, ''),
-    ('die-on-idle', flag, False, ''),
-    ('touch-reload', filename, (), ''),
-    ('touch-chain-reload', filename, (), ''),
-    ('py-autoreload', number, 0, ''),
-    ('log-reopen', flag, False, ''),
-    ('log-maxsize', number, 0, ''),
-    ('log-backupname', filename, None, ''),
-    ('log-date', anything, None, ''),
-    ('log-format', anything, None, ''),
-    ('log-4xx', flag, False, ''),
-    ('log-5xx', flag, False, ''),
-    ('log-slow', number, 0, ''),
-    ('log-zero', flag, False, ''),
-    ('log-big', number, 0, ''),
-    ('log-x-forwarded-for', flag, False, ''),
-    ('logger', anything, (), ''),
-    ('req-logger', anything, (), ''),
-    ('auto-procname', flag, False, ''),
-    ('procname', word, None, ''),
-    ('procname-master', word, None, ''),
-    ('procname-prefix', word, '', ''),
-    ('procname-prefix-spaced', word, '', ''),
-    ('stats', word, None, ''),
-    ('stats-http', flag, False, ''),
-    ('logto', filename, None, 'log to this file'),
-    ('disable-logging -L', flag, False, 'no log line for each request'),
-    'Other languages',
-    ('worker-exec', anything, None, 'each worker becomes this command, with the socket as its descriptor 0'),
-    ('rack', filename, None, 'serve this Ruby application, such as config.ru'),
-    ('psgi', filename, None, 'serve this Perl application, such as app.psgi'),
-    ('cgi', anything, (), 'run programs: /prefix=/directory, /prefix=/file or /directory'),
-    ('cgi-helper', anything, (), '.ext=command that runs programs with this extension'),
-    ('cgi-allowed-ext', word, (), 'run nothing with another extension than .ext'),
-    ('cgi-index', word, (), 'the program for a directory, such as index.cgi'),
-    ('cgi-timeout', positive, 60, 'seconds that a CGI program may be silent until it is killed'),
+    ('max-fd', number, 0, 'limit of open files in each process'),
+    ('limit-as', megabytes, 0, 'limit of address space of each process in MB'),
+    ('pidfile pidfile2 safe-pidfile safe-pidfile2', filename, None, "write the master's pid here"),
+    ('daemonize daemonize2 -d', filename, None, 'go to the background, log to this file'),
+    ('auto-procname', flag, False, 'name the processes: uWSGI master, uWSGI worker 1'),
+    ('procname', anything, None, 'name of the workers'),
+    ('procname-master', anything, None, 'name of the master'),
+    ('procname-prefix', anything, None, 'put this before the names'),
+    ('procname-prefix-spaced', anything, None, 'the same, and a blank'),
+    ('procname-append', anything, None, 'put this after the names'),
+    'Recycling, reload and stop',
+    ('harakiri -t', seconds, 0, 'seconds that a request may take; then it is ended and logged'),
+    ('harakiri-graceful-timeout', seconds, 1, 'seconds from its end by an exception to SIGKILL'),
+    ('max-requests -R', number, 0, 'replace a worker after so many requests'),
+    ('max-requests-delta', number, 0, 'so many more for each next worker'),
+    ('max-worker-lifetime', seconds, 0, 'replace a worker after so many seconds'),
+    ('max-worker-lifetime-delta', seconds, 0, 'so many more for each next worker'),
+    ('reload-on-rss evil-reload-on-rss', megabytes, 0, 'replace a worker whose resident memory exceeds so many MB'),
+    ('reload-on-as evil-reload-on-as', megabytes, 0, 'replace a worker whose address space exceeds so many MB'),
+    ('worker-reload-mercy reload-mercy', positive, 60, 'seconds that a worker has to finish before it is killed'),
+    ('die-on-term', flag, True, '`false`: SIGTERM reloads, as in uWSGI 2.0'),
+    ('touch-reload', filename, (), 'reload when this file changes'),
+    ('touch-chain-reload touch-workers-reload', filename, (), 'the same (a reload is always one worker after another)'),
+    'Log and statistics',
+    ('logto logto2', filename, None, 'log to this file'),
+    ('logger', anything, (), 'log to file:PATH or stdio'),
+    ('req-logger logger-req', anything, (), 'the same for the lines of requests alone'),
+    ('log-maxsize', number, 0, 'rename the log when it has so many bytes, and start a new one'),
+    ('log-backupname', filename, None, 'name for it then (default: the time is added)'),
+    ('log-date logdate', anything, None, 'put the time before each line (true, or a strftime format)'),
+    ('log-format logformat', anything, None, 'format of the lines of requests, with %(uri), %(status) …'),
+    ('log-x-forwarded-for', flag, False, 'log the address in X-Forwarded-For'),
+    ('disable-logging -L', flag, False, 'no line for each request'),
+    ('log-4xx', flag, False, 'but for those that failed with 4xx'),
+    ('log-5xx', flag, False, 'but for those that failed with 5xx'),
+    ('log-slow', number, 0, 'but for those that took so many milliseconds'),
+    ('log-big', number, 0, 'but for those with a body of so many bytes'),
+    ('log-zero', flag, False, 'but for those without a body'),
+    ('stats stats-server', word, None, 'give the state of the workers as JSON here'),
+    ('stats-http', flag, False, 'over HTTP'),
+    'Static files, CGI, other languages',
+    ('static-map', pair, (), '/prefix=directory or file'),
+    ('static-map2', pair, (), 'the same, with the prefix as a part of the path'),
+    ('check-static static-check', filename, (), 'serve what is in this directory before the application is asked'),
+    ('static-index', word, (), 'file to serve for a directory'),
+    ('static-expires', anything, (), '`pattern seconds`: how long browsers may keep files'),
+    ('static-safe', filename, (), 'a directory that symbolic links may lead to'),
+    ('cgi', anything, (), '[/prefix=]directory or script'),
+    ('cgi-helper', pair, (), '.ext=interpreter'),
+    ('cgi-allowed-ext', word, (), 'run files with this extension alone'),
+    ('cgi-index', word, (), 'script to run for a directory'),
+    ('cgi-timeout', positive, 60, 'seconds without output until a script is killed'),
+    ('rack', filename, None, 'config.ru of a Ruby application'),
+    ('psgi', filename, None, 'a Perl application'),
     'Configuration',
-    ('ini', filename, (), 'read this file, or file:section'),
-    ('set -S', anything, (), 'NAME=value: an option, or a variable for %(NAME)'),
+    ('ini include config', filename, (), 'read this file, or file:section'),
+    ('inherit', filename, (), 'the same, after all other files'),
+    ('set set-ph set-placeholder -S', anything, (), 'NAME=value: an option, or a variable for %(NAME)'),
+    ('print iprint', anything, (), 'log this text at the start'),
     ('strict', flag, False, 'an unknown option stops the start'),
     ('show-config', flag, False, 'print each line and what becomes of it, and exit'),
     ('check', flag, False, 'look for all that would stop a start, load the application, exit'),
 )
 
-# uWSGI's options that need no switch here: names, reason. A * stands for any end.
+# uWSGI's options that need no switch here: names, reason. A * stands for any end of name=value.
 NOT_NEEDED = (
     ('need-app', 'a start without an application fails'),
-    ('enable-threads threads-stacksize thread-stacksize', "the application's threads just run"),
+    ('enable-threads -T', "the application's threads just run"),
     ('single-interpreter -i', 'there is one interpreter'),
-    ('thunder-lock', 'the kernel wakes one worker for a connection'),
-    ('buffer-size -b http-buffer-size max-vars -v', 'a request head may have 64 KiB'),
-    ('ignore-sigpipe ignore-write-errors disable-write-exception write-errors-*',
-     'a client that leaves is no error'),
+    ('thunder-lock lock-engine ftok persistent-ipcsem', 'the kernel wakes one worker for a connection'),
+    ('buffer-size -b http-buffer-size max-vars -v response-headers-limit', 'a head may have 64 KiB'),
+    ('ignore-sigpipe ignore-write-errors disable-write-exception write-errors-*', 'a client that leaves is no error'),
     ('close-on-exec close-on-exec2', 'no socket is inherited by what the application starts'),
     ('no-orphans', 'workers end when the master dies'),
+    ('hook-master-start=unix_signal:15*', 'SIGTERM is a graceful stop'),
+    ('plugin=python* plugins=python* plugin=http* plugins=http* plugin=cgi* plugins=cgi* plugin=psgi* plugins=psgi* '
+     'plugin=rack* plugins=rack* need-plugin=python* need-plugins=python* plugins-dir plugin-dir autoload', 'built in'),
+    ('log-master log-master-* threaded-logger', 'a line is one write, whoever writes it'),
+    ('harakiri-verbose harakiri-graceful-signal harakiri-no-arh no-harakiri-* py-tracebacker backtrace-depth',
+     'harakiri logs the stack'),
+    ('cheaper-busyness-* cheaper-algos-list cheaper-algo-list', 'one way: a worker more while all are busy'),
+    ('min-worker-lifetime', 'limits hold from the first request'),
+    ('http-keepalive', 'connections are kept, for http-timeout'),
+    ('log-reopen', 'the log follows its name'),
+    ('post-buffering post-buffering-bufsize', 'a body is read when the application asks for it'),
+    ('memory-report -m', 'stats has the memory of each worker'),
+    ('wsgi-strict wsgi-env-behavior wsgi-env-behaviour wsgi-disable-file-wrapper', 'WSGI is as PEP 3333 says'),
+    ('http-auto-chunked http-chunked-input http-raw-body http-manage-expect chunked-input-*',
+     'the workers speak HTTP/1.1 themselves'),
+    ('http-processes http-workers http-cheap http-events http-quiet http-harakiri http-connect-timeout http-uid '
+     'http-gid', 'the workers speak HTTP themselves, there is no router process'),
+    ('http-headers-timeout', 'a request head has socket-timeout to arrive'),
+    ('so-send-timeout so-write-timeout socket-send-timeout socket-write-timeout', 'socket-timeout holds for them'),
+    ('tcp-nodelay no-defer-accept no-fd-passing skip-zero disable-sendfile', 'the server does what fits'),
+    ('honour-stdin', 'stdin is left alone'),
+    ('py-call-osafterfork py-call-uwsgi-fork-hooks', 'os.register_at_fork() works'),
+    ('no-default-app', 'what is not mounted is answered with 404'),
+    ('check-interval forkbomb-delay max-apps mem-collector-freq', 'there is no such limit'),
+    ('stats-min stats-minified stats-no-* metrics-no-cores', 'stats is short'),
+    ('http-server-name-as-http-host drop-after-init', 'it is so'),
+    ('cheaper-list loop-list loops-list clock-list clocks-list plugin-list plugins-list logger-list loggers-list '
+     'alarm-list alarms-list imperial-monitor*', 'nothing is pluggable'),
 )
+
 # uWSGI's options that aren't supported: names, what to use instead.
 NOT_SUPPORTED = (
-    ('https* ssl-* sni*', 'let nginx speak TLS in front'),
-    ('emperor* vassal*', 'one systemd unit for each site'),
-    ('mule* spooler* spooler-*', 'a worker of its own, such as celery, rq or a systemd unit'),
-    ('cache* add-cache-item', 'nginx, redis or memcached'),
-    ('route* error-page-*', "nginx's location and rewrite"),
-    ('cron* unique-cron', 'a systemd timer or cron'),
+    ('attach-daemon* attach-control-daemon smart-attach-daemon* daemons-honour-stdin', 'a systemd unit each'),
+    ('cron* unique-cron* unique-legion-cron timer rbtimer signal-timer signal-rbtimer', 'a systemd timer or cron'),
+    ('mule* farm spooler* -Q touch-mules-reload touch-spoolers-reload', 'celery, rq or a systemd unit'),
+    ('hook-* exec-* call-* mount-* umount-* worker-mount after-request-* file-write touch-exec',
+     'ExecStartPre= of the systemd unit, or a start script'),
+    ('wait-* check-mount* mountpoint-check', 'After=, Requires= of the systemd unit'),
+    ('gevent* async ugreen* loop greenlet asyncio tornado', 'threads; for async code an ASGI server'),
+    ('websocket* http-websockets', 'an ASGI server beside it'),
+    ('cache* add-cache-item load-file-in-cache* check-cache static-cache-* queue* sharedarea -A py-sharedarea',
+     "nginx's proxy cache, redis or memcached"),
+    ('route* error-route* final-route* response-route* collect-header pull-header response-header-collect del-header '
+     'rem-header error-page-* error-page vhost* http-var http-to-https', "nginx's location, rewrite and add_header"),
+    ('enable-proxy-protocol http-enable-proxy-protocol', "nginx's proxy_protocol"),
+    ('https* ssl-* sni* suwsgi-socket', 'nginx for TLS'),
+    ('http-* fastrouter* rawrouter* sslrouter* forkptyrouter* corerouter* subscri* unsubscribe-* start-unsubscribed st '
+     'multicast* zerg* weight auto-weight', "nginx's upstream"),
+    ('fastcgi-* scgi-* raw-* puwsgi-socket udp remap-modifier '
+     'allowed-modifiers cgi-mode', 'the uwsgi protocol or HTTP'),
+    ('abstract-socket -a', 'socket = @name'),
+    ('shared-socket undeferred-shared-socket map-socket reuse-port', 'socket; all workers accept from it'),
+    ('emperor* vassal* early-emperor heartbeat notify-socket', 'one systemd unit for each site'),
+    ('legion* lord*', 'keepalived'),
+    ('alarm* log-alarm lq-alarm backlog-alarm listen-queue-alarm segfault-alarm', 'monitor stats and the log'),
+    ('log-route log-req-route log-encoder log-req-encoder log-prefix log-syslog log-socket rsyslog-* logfile-* '
+     'log-truncate touch-log*', 'log-format and logger; journald or logrotate for the rest'),
+    ('log-ioerror log-sendfile', 'log-4xx, log-5xx, log-slow'),
+    ('cheap', 'cheaper = 1, or socket activation with die-on-idle'),
+    ('log-micros log-format-strftime logformat-strftime', 'log-format with %(micros), %(ltime)'),
+    ('metric* enable-metrics carbon* rrdtool* snmp* stats-push* nagios', 'an exporter that reads stats'),
+    ('master-fifo fs-reload fs-brutal-reload fs-signal touch-signal signal*', 'touch-reload, or kill -HUP'),
+    ('harakiri-queue-threshold cheaper-rss-limit-*', 'harakiri, reload-on-rss'),
+    ('reload-on-exception* reload-on-fd brutal-reload-on-fd catch-exceptions exception-handler', 'the log'),
+    ('exit-on-reload shutdown-sockets propagate-touch reload-os-env', 'kill -TERM'),
+    ('master-as-root immediate-uid immediate-gid add-gid no-initgroups drop-after-apps', 'uid and gid'),
+    ('chroot pivot-root pivot_root refork* re-fork* unshare* namespace* ns ns-net setns* jailed tuntap* cgroup* '
+     'limit-nproc prio cpu-affinity never-swap ksm', 'the systemd unit, or a container'),
+    ('optimize -O no-site py-programname py-program-name py-executable py-sys-executable python-version config-py',
+     'options of the python3 that starts minuwsgi'),
+    ('py python eval pyrun pyshell* web3* pump* wsgi-lite* pecan paste* ini-paste* symcall* pymodule-alias dlopen '
+     'post-pymodule-alias shared-import shared-py* python-raw python-worker-override py-auto-reload-ignore test -J',
+     'a small wsgi-file that does it'),
+    ('wsgi-accept-buffer wsgi-accept-buffers start_response-nodelay', 'bytes, see PEP 3333'),
+    ('php* ruby* rbrequire lua* perl* jvm* mono* v8* go-* glusterfs* gridfs* rados* webdav* xslt* ldap*',
+     "the language's own server, or `cgi`"),
+    ('static-map-* static-expires-* static-gzip-* static-skip-ext file-serve-mode fileserve-mode mime-file mimefile '
+     'honour-range check-static-docroot upload-progress', 'nginx for more than plain files'),
+    ('thread-stack* threads-stack*', 'threading.stack_size() in the application'),
+    ('xml xmlconfig yaml yml json js -x -y -j', 'an INI file'),
+    ('blacklist end-blacklist whitelist end-whitelist declare-option* fallback-config inject-* resolve get',
+     '--show-config, --check'),
+    ('plugin plugins need-plugin need-plugins build-plugin* dot-h cflags', 'nothing is pluggable'),
+    ('stop reload pause suspend resume help -h usage version', 'the command line: --stop, --reload, --help, --version'),
+    ('envdir early-envdir unenv', 'env, or the environment of the systemd unit'),
+    ('flock*', 'the pidfile is a lock'),
+    ('cgi-*', 'cgi-helper, cgi-index, cgi-allowed-ext, cgi-timeout'),
+    ('freebind so-keepalive socket-sndbuf socket-rcvbuf tcp-fast*', 'net.* of sysctl'),
+    ('ignore-script-name', "nginx's uwsgi_param SCRIPT_NAME ''"),
+    ('ping* reaper -r safe-fd fd-safe no-server no-threads-wait body-read-warning command-mode force-* clock locks '
+     'rpc-max profiler mode extract connect-and-read dump-options print-sym* binary-* binsh privileged-* '
+     'unprivileged-* skip-atexit* use-abort -c', 'nothing, it is left out'),
+)
+
+# Lines that stray into a uwsgi.ini: names, remark.
+STRANGERS = (
+    ('<<<<<<<* ======* >>>>>>>* |||||||*', 'is a mark of a merge conflict: choose one side'),
+    ('autostart autorestart redirect_stderr command stdout_logfile* stderr_logfile* startsecs startretries '
+     'stopwaitsecs stopsignal stopasgroup killasgroup numprocs process_name', 'belongs to supervisord'),
+    ('user group directory environment', "belongs to supervisord or systemd; here it's uid, gid, chdir, env"),
+    ('uwsgi_* proxy_* server_name location upstream server access_log error_log client_max_body_size root alias',
+     'belongs to nginx'),
+    ('ExecStart* Restart* WantedBy Type KillSignal WorkingDirectory User Group After', 'belongs to a systemd unit'),
+    ('use paste.* [*', 'belongs to PasteDeploy or another program'),
 )
 
 
 class Option:
     """A row of OPTIONS."""
 
-    def __init__(self, names, convert, default, meaning):
+    def __init__(self, names, kind, default, meaning):
         names = names.split()
         self.names = [name for name in names if name[0] != '-']
         self.short = [name for name in names if name[0] == '-']
         self.name, self.attribute = names[0], names[0].replace('-', '_')
-        self.convert, self.default, self.meaning = convert, default, meaning
+        self.kind, self.default, self.meaning = kind, default, meaning
 
 
 ROWS = [Option(*row) for row in OPTIONS if type(row) is tuple]
 BY_NAME = {name: option for option in ROWS for name in (*option.names, *option.short)}
 
 
-def fate(name):
-    """(fate, remark) of an option's name: what becomes of a line with it."""
-    if name in BY_NAME:
-        return 'used', ''
-    for kind, table in (('always', NOT_NEEDED), ('unsupported', NOT_SUPPORTED)):
-        for names, remark in table:
-            for pattern in names.split():
-                if name == pattern or pattern[-1] == '*' and name.startswith(pattern[:-1]):
-                    return kind, remark
-    return 'unknown', ''
-
-
-class Setting:
-    """One line of the configuration: name, value as expanded, where it stands, its fate and a remark."""
-
-    def __init__(self, name, value, where):
-        self.name, self.value, self.where = name, value, where
-        self.fate, self.remark = fate(name)
-
-
-CONDITIONS = {
-    'env': lambda settings, what, value: os.environ.get(what) == value if value is not None else what in os.environ,
-    'opt': lambda settings, what, value: any(s.name == what and value in (None, s.value) for s in settings.all),
-    'file': lambda settings, what, value: os.path.isfile(what),
-    'dir': lambda settings, what, value: os.path.isdir(what),
-    'directory': lambda settings, what, value: os.path.isdir(what),
-    'exists': lambda settings, what, value: os.path.exists(what),
-    'hostname': lambda settings, what, value: socket.gethostname() == what,
-    'plugin': lambda settings, what, value: what in ('python', 'python3'),
-    'reload': lambda settings, what, value: RELOADED in os.environ,
-}
-RELOADED = 'MINUWSGI_RELOAD'            # the variable that hands state to the new image (part 10)
-
-
-class Settings:
-    """The list of all settings, in the order in which they apply."""
-
-    def __init__(self):
-        self.all = []
-        self.block = None               # inside if or for: (items, the lines gathered so far)
-        self.last_ini = None
-        self.warnings = []
-
-    def add(self, name, value, where):
-        """Take one line: a directive acts at once, a setting is kept."""
-        if self.block is not None and not name.startswith('end'):
-            if block_kind(name):
-                raise ConfigError(f'{where}: {name} within another block: uWSGI has no nested blocks')
-            self.block[1].append((name, value, where))
-        elif name in ('endif', 'end-if', 'endfor', 'end-for', 'end'):
-            self.end_block()
-        elif block_kind(name):
-            self.block = self.chosen(name, value, where), []
-        elif name in ('ini', 'include', 'inherit', 'config'):
-            self.read_ini(self.fill(value), where)
-        elif name in ('set', 'set-ph', 'set-placeholder'):
-            key, _, value = value.partition('=')
-            self.add(key.strip(), value.strip(), where)
-        else:
-            self.all.append(Setting(name, value, where))
-
-    def chosen(self, name, value, where):
-        """The items for which the lines of a block are repeated: none or one for an if."""
-        value = self.fill(value)
-        kind, what = block_kind(name)
-        if kind == 'for':
-            if what == 'glob':
-                import glob
-                return sorted(glob.glob(value))
-            if what == 'readline':
-                with open(value) as file:
-                    return [line.rstrip('\r\n') for line in file]
-            return [str(i) for i in range(int(value))] if what == 'times' else value.split()
-        negative = what.startswith('not-')
-        what = what[4:] if negative else what
-        if what not in CONDITIONS:
-            raise ConfigError(f'{where}: unknown condition {name}')
-        subject, equals, wanted = value.partition('=')
-        if CONDITIONS[what](self, subject.strip(), wanted.strip() if equals else None) == negative:
-            return []
-        return [os.environ.get(subject.strip(), '') if what == 'env' and not negative else subject.strip()]
-
-    def end_block(self):
-        items, lines = self.block or ((), ())
-        self.block = None
-        for item in items:
-            for name, value, where in lines:
-                self.add(name.replace('%(_)', item), value.replace('%(_)', item), where)
-
-    def read_ini(self, name, where):
-        """Take the section [uwsgi] of a file, or another: file:section, :section (of the last file)."""
-        file, section = name, 'uwsgi'
-        if not os.path.exists(name) and ':' in name:
-            file, _, section = name.rpartition(':')
-        file = self.last_ini = file or self.last_ini
-        if any(w.startswith(f'{file}:{section}:') for w in where.split(' < ')):
-            raise ConfigError(f'{where}: {file} includes itself')
-        try:
-            with open(file, encoding='utf-8-sig', errors='surrogateescape', newline='') as lines:
-                lines = lines.read().split('\n')
-        except (OSError, TypeError) as error:
-            raise ConfigError(f"{where}: can't read {name}: {error.strerror if file else 'no file before it'}") from None
-        found, inside = [], False
-        for i, line in enumerate(lines, 1):
-            line = line.strip(' \t\r')
-            if '%' in line:
-                line = expand_magic(line, file, section)
-            if line[:1] == '[':
-                found.append(line[1:].partition(']')[0])
-                inside = found[-1] == section
-            elif inside and line and line[0] not in ';#':
-                key, _, value = line.partition('=')
-                self.add(key.strip(' \t'), value.strip(' \t'), f'{file}:{i}')
-        if self.block is not None:
-            self.warnings.append(f'{file}: a block has no end; it ends with the file')
-            self.end_block()
-        if section not in found:
-            other = ', '.join(f'[{s}]' for s in dict.fromkeys(found)) or 'no section at all'
-            self.warnings.append(f'{file}: no section [{section}], nothing is taken from it; it has {other}')
-
-    def fill(self, value, within=()):
-        """Fill in $(ENV), @(file) and %(name), in uWSGI's order; what isn't known stays as it is."""
-        if '$(' in value:
-            value = substitute('$(', value, lambda name: os.environ.get(name))
-        if '@(' in value:
-            value = substitute('@(', value, read_text)
-        if '%(' in value:
-            value = substitute('%(', value, lambda names: self.compute(names, within))
-        return value
-
-    def compute(self, expression, within):
-        """The text for %(name), %(a b) and %(a + b): names and numbers, strictly from left to right."""
-        while '(' in expression:
-            before, _, rest = expression.rpartition('(')
-            inner, closing, rest = rest.partition(')')
-            expression = before + str(self.compute(inner, within)) + rest
-        result, operator = None, None
-        for token in expression.split() or ['']:
-            if token in OPERATORS:
-                operator = token
-                continue
-            if not token.isdecimal():
-                found = next((s.value for s in self.all if s.name == token), None)
-                if found is None or token in within:
-                    return None
-                token = self.fill(found, (*within, token))
-            if result is None:
-                result = token
-            elif operator is None:
-                result += token
-            else:
-                result = str(OPERATORS[operator](leading_number(result), leading_number(token)))
-        return result
-
-    def expand(self):
-        for setting in self.all:
-            setting.value = self.fill(setting.value, (setting.name,))
-
-
-OPERATORS = {'+': lambda a, b: a + b, '-': lambda a, b: a - b, '*': lambda a, b: a * b,
-             '/': lambda a, b: a // b if b else 0}
-
-
-def block_kind(name):
-    """('if' or 'for', the rest of the name) for a name that opens a block, else None."""
-    for kind in ('if', 'for'):
-        rest = name[len(kind):].lstrip('-')
-        if name.startswith(kind) and (name == 'for' or rest in ('glob', 'readline', 'times') or
-                                      kind == 'if' and rest.replace('not-', '', 1) in CONDITIONS):
-            return kind, rest
-    return None
+def glob_sorted(pattern):
+    import glob
+    return sorted(glob.glob(pattern))
 
 
 def leading_number(value):
-    """As C's strtol(): the digits at the front, or 0."""
-    digits = value[:len(value) - len(value.lstrip('0123456789'))]
-    return int(digits or 0)
+    """As C's atoi(): the digits at the front, or 0."""
+    digits = value[1:] if value[:1] == '-' else value
+    digits = digits[:len(digits) - len(digits.lstrip('0123456789'))][:18] or '0'
+    return -int(digits) if value[:1] == '-' else int(digits)
 
 
 def substitute(opening, value, replacement):
     """Replace each opening...) (parentheses balanced) by replacement(...); None leaves it as it is."""
     out, at = '', 0
-    while True:
-        start = value.find(opening, at)
+    while (start := value.find(opening, at)) >= 0:
         end, depth = start + 2, 1
-        while start >= 0 and depth and end < len(value):
+        while depth and end < len(value):
             depth += {'(': 1, ')': -1}.get(value[end], 0)
             end += 1
-        if start < 0 or depth:
-            return out + value[at:]
+        if depth:
+            break
         new = replacement(value[start + 2:end - 1])
         out += value[at:start] + (value[start:end] if new is None else new)
         at = end
+    return out + value[at:]
 
 
 def read_text(name):
     """The content of a file for @(file), less one line end."""
     if '://' in name:
-        raise ConfigError(f'@({name}): only files can be read; run the command before the start and use $(VARIABLE)')
+        raise ConfigError(f"@({name}): only files can be read, nothing is run; set a variable before the start and "
+                          "use $(VARIABLE)")
     try:
         with open(name, encoding='utf-8', errors='surrogateescape') as file:
             content = file.read()
-    except OSError as error:
-        raise ConfigError(f"@({name}): can't read it: {error.strerror}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"can't read {name}: {getattr(error, 'strerror', None) or error}") from None
     return content[:-1] if content.endswith('\n') else content
 
 
-def expand_magic(line, file, section):
-    """Fill in %n, %d, %k … (file, directory, cores …) as uWSGI does; an unknown one stays."""
-    absolute = os.path.abspath(file)
+def magic(file, section, first_file, first_section):
+    """What %n, %d, %k … (file, directory, cores …) stand for; upper case is for the first file."""
+    values = {letter.upper(): text for letter, text in magic_of_file(first_file, first_section).items()}
+    values.update(magic_of_file(file, section))
+    values.update({
+        'b': os.path.abspath(__file__), 'v': os.getcwd(), 'V': __version__, 'h': socket.gethostname(), '%': '%',
+        'k': str(os.cpu_count()), 't': str(int(time.time())), 'T': str(int(time.time() * 1e6)), '[': '\33',
+        'u': str(os.getuid()), 'g': str(os.getgid())})
+    for letter, module, lookup in ('U', 'pwd', 'getpwuid'), ('G', 'grp', 'getgrgid'):
+        try:
+            values[letter] = getattr(__import__(module), lookup)(int(values[letter.lower()]))[0]
+        except KeyError:                                # a container's user may have no name
+            values[letter] = values[letter.lower()]
+    parts = values['d'].strip('/').split('/') + [''] * 10
+    values.update((str(i), parts[i]) for i in range(10))
+    return values
+
+
+def magic_of_file(file, section):
+    absolute, digest = os.path.abspath(file), 5381
     directory, base = os.path.split(absolute)
     stem, dot, extension = base.rpartition('.')
-    values = {'o': file, 'p': absolute, 's': base, 'n': stem or base, 'e': extension, 'd': directory.rstrip('/') + '/',
-              'c': os.path.basename(directory), 'x': '' if section == 'uwsgi' else section, 'v': os.getcwd(),
-              'V': __version__, 'h': os.uname().nodename, 'k': str(os.cpu_count()), 't': str(int(time.time())),
-              'u': str(os.getuid()), 'g': str(os.getgid()), '%': '%', '[': '\33', '(': '%('}
-    values.update((str(i), part) for i, part in enumerate(directory.split('/')[1:11]))
-    values.update((letter.upper(), values[letter]) for letter in 'opsndecx')
+    for byte in os.fsencode(absolute):
+        digest = digest * 33 & 0xffffffff ^ byte
+    return {'o': file, 'p': absolute, 's': base, 'n': stem or base, 'e': extension if dot else '',
+            'd': directory.rstrip('/') + '/', 'c': os.path.basename(directory), 'i': str(os.stat(file).st_ino),
+            'x': '' if section == 'uwsgi' else section, 'j': digest.to_bytes(4, 'little').hex().upper()}
+
+
+def expand_magic(line, values):
+    """Fill in %n, %d, %k …; an unknown one stays (uWSGI drops it)."""
     out, at = '', 0
     while (start := line.find('%', at)) >= 0:
         letter = line[start + 1:start + 2]
@@ -452,150 +393,434 @@ def expand_magic(line, file, section):
     return out + line[at:]
 
 
-def command_line(arguments, settings):
-    """Take the arguments: options (as --name value, --name=value, -x value), .ini and .py files."""
-    rest = list(arguments)
-    given = []
-    while rest:
-        argument = rest.pop(0)
-        name, equals, value = argument.lstrip('-').partition('=')
-        if argument[:1] != '-':
-            file, _, _ = argument.partition('.ini:')
-            if argument.endswith('.ini') or '.ini:' in argument or argument == '-':
-                settings.add('ini', argument, 'command line')
-            elif argument.endswith(('.py', '.wsgi')):
-                given.append(('wsgi-file', argument))
-            elif ':' in argument and '/' not in argument:
-                given.append(('module', argument))
-            else:
-                raise ConfigError(f"command line: what is {argument!r}? A .ini or .py file or module:callable is "
-                                  "expected; see --help")
-            continue
-        if argument[:2] != '--':
-            name, equals, value = argument[:2], argument[2:] and '=', argument[2:].lstrip('=')
-        option = BY_NAME.get(name) or only_one(name)
-        if option is None:
-            if fate(name)[0] == 'unknown':
-                raise ConfigError(f'command line: unknown option {argument}{guess(name)}; see --help')
-            if not equals and rest and rest[0][:1] != '-':
-                value = rest.pop(0)
-        elif not equals and option.convert is not flag:
-            optional = option.convert is octal and not (rest and rest[0].isdigit())
-            if not optional:
-                if not rest:
-                    raise ConfigError(f'command line: {argument} needs a value: {option.convert.__doc__}')
-                value = rest.pop(0)
-        name = option.name if option else name
-        if name == 'ini':
-            settings.add(name, value, 'command line')
+# What `if-file = X` and the like ask of X; `if-env` and `if-opt` look for a text, see Settings.find().
+TESTS = {'file': os.path.isfile, 'dir': os.path.isdir, 'directory': os.path.isdir, 'exists': os.path.exists,
+         'hostname': lambda name: socket.gethostname() == name, 'reload': lambda _: RELOADED in os.environ,
+         'plugin': lambda name: name.startswith(('python', 'http', 'cgi')), 'env': None, 'opt': None}
+RELOADED = 'MINUWSGI_RELOAD'            # the variable that hands state to the new image (part 10)
+LOOPS = {'': str.split, 'times': lambda value: [str(i + 1) for i in range(min(leading_number(value), 10000))],
+         'glob': glob_sorted, 'readline': lambda value: read_text(value).split('\n')}
+ENDS = 'endif', 'end-if', 'endfor', 'end-for', 'end'
+OPERATORS = {'+': lambda a, b: a + b, '-': lambda a, b: a - b, '*': lambda a, b: a * b,
+             '/': lambda a, b: int(a / b) if b else 0}
+
+
+def block_kind(name):
+    """('if' or 'for', the rest of the name) for a name that opens a block, else None."""
+    kind = 'for' if name[:3] == 'for' else name[:2]
+    rest = name[len(kind):].lstrip('-')
+    if kind == 'for' and rest in LOOPS or kind == 'if' and rest.replace('not-', '', 1) in TESTS:
+        return kind, rest
+    return None
+
+
+def matching(table, name, value):
+    """The remark of the table's first row that has the name, or None."""
+    text = f'{name}={value}'
+    for patterns, remark in table:
+        for pattern in patterns.split():
+            if name == pattern or pattern[-1] == '*' and text.startswith(pattern[:-1]):
+                return remark
+    return None
+
+
+def fate(name, value=''):
+    """(fate, remark): what becomes of a line."""
+    if name in BY_NAME or name in ENDS or name == 'exit' or block_kind(name):
+        return 'used', ''
+    for kind, table in (('always', NOT_NEEDED), ('unsupported', NOT_SUPPORTED)):
+        remark = matching(table, name, value)
+        if remark:
+            return kind, remark
+    return 'unknown', ''
+
+
+def guess(name):
+    """What may be meant by an unknown name: ", did you mean 'vacuum'?" or ''."""
+    import difflib
+    rows = [row[0].split() for table in (OPTIONS, NOT_NEEDED, NOT_SUPPORTED) for row in table if type(row) is tuple]
+    names = [n for row in rows for n in row if n[0] != '-' and n[-1] != '*']
+    meant = ([row[0] for row in rows if '-' + name in row] or difflib.get_close_matches(name, names, 1, 0.75)
+             or [n for n in names if n.startswith(name + '-')])
+    return f", did you mean '{meant[0]}'?" if meant else ''
+
+
+def describe_unknown(name, value):
+    """What to say of a line that is no option."""
+    first, _, rest = name.partition(' ')
+    stranger = matching(STRANGERS, name, value)
+    if stranger:
+        return f"'{name or '=' + value}' {stranger}"
+    if '{{' in name or '{%' in name:
+        return f"'{name}' is a template that wasn't filled in"
+    if rest and fate(first)[0] != 'unknown':
+        return f"'{name}' is no option; is a = missing? {first} = {rest}{value and '='}{value}"
+    return f"unknown option '{name}'{guess(name)}"
+
+
+class Setting:
+    """One line of the configuration: name, value as expanded, where it stands, its fate and a remark."""
+
+    def __init__(self, name, value, where):
+        self.name, self.value, self.where = name, value, where
+        self.fate, self.remark = fate(name, value)
+        self.warnings, self.errors = [], []
+
+    def warn(self, remark):
+        self.remark = f'{self.remark}; {remark}' if self.remark else remark
+        self.warnings.append(f'{self.where}: {remark}')
+
+    def fail(self, remark):
+        self.warn(remark)
+        self.errors.append(self.warnings.pop())
+
+    def strip_comment(self):
+        """uWSGI keeps a comment after a value as a part of it, which is never meant."""
+        text = ' ' + self.value.replace('\t', ' ')
+        at = min((i for i in (text.find(' ;'), text.find(' #')) if i >= 0), default=-1)
+        if at >= 0:
+            comment, self.value = self.value[at:].strip(), self.value[:at].rstrip()
+            self.warn(f'{self.name}: a comment needs a line of its own, {comment!r} is left out')
+
+
+COMMAND_LINE = 'command line'
+
+
+class Settings:
+    """The list of all settings, in the order in which they apply."""
+
+    def __init__(self):
+        self.all, self.notes = [], []   # notes: what is wrong with a file as a whole
+        self.block = None               # inside if or for: (texts for %(_), the lines gathered so far)
+        self.files = []                 # (file, section) of all that was read
+        self.inherited = []             # (file, where): read when all else was
+        self.asked = set()              # names that occur in a %(...)
+
+    def add(self, name, value, where):
+        """Take one line. What steers the reading acts at once."""
+        if self.block is not None and name not in ENDS and not block_kind(name):
+            self.block[1].append((name, value, where))
+            return
+        if name in ENDS:
+            self.end_block()
+        setting = Setting(name, value, where)
+        self.all.append(setting)
+        self.attempt(self.obey, setting)
+
+    def attempt(self, action, setting):
+        try:
+            action(setting)
+        except ConfigError as error:
+            if setting.where == COMMAND_LINE:
+                raise
+            setting.fail(str(error))
+
+    def obey(self, setting):
+        """Do what a line says that steers the reading; the others wait for Config."""
+        name, value, where = setting.name, setting.value, setting.where
+        if setting.fate in ('used', 'unknown') and name != 'env' and (
+                name not in BY_NAME or BY_NAME[name].kind is not anything):
+            setting.strip_comment()
+        if block_kind(name) and self.block is not None:
+            raise ConfigError(f'{name} within another block: there are no nested blocks')
+        elif block_kind(name):
+            self.begin_block(setting, *block_kind(name))
+        elif name in ('ini', 'include', 'config'):
+            self.read_ini(setting)
+        elif name == 'inherit':
+            self.inherited.append(setting)
+        elif name in ('set', 'set-ph', 'set-placeholder'):
+            key, _, value = value.partition('=')
+            self.add(key.strip(), value.strip(), where)
+            if name != 'set':
+                self.asked.add(key.strip())
+        elif name == 'exit':
+            raise ConfigError(f'the configuration says exit {value}'.rstrip())
+
+    def begin_block(self, setting, kind, test):
+        """Find for which texts the lines of a block are taken: none or one for an if."""
+        self.block = (), []                             # where it fails, nothing is taken
+        value = self.fill(setting.value)
+        if kind == 'for':
+            texts = LOOPS[test](value)
         else:
-            given.append((name, value))
-    for name, value in given:                           # after the files: the command line wins
-        settings.add(name, value, 'command line')
+            negative, test = test[:4] == 'not-', test.replace('not-', '', 1)
+            subject, equals, wanted = (part.strip() for part in value.partition('='))
+            found = self.find(test, subject)
+            held = found is not None and (not equals or found == wanted)
+            texts = [] if held == negative else ['%(_)' if negative else found]
+            setting.remark = setting.remark or ('' if texts else 'not so: the lines of the block are left out')
+        self.block = texts, []
+
+    def find(self, test, subject):
+        """The text for %(_) if a condition holds, else None."""
+        if test == 'env':
+            return os.environ.get(subject)
+        if test == 'opt':
+            self.asked.add(subject)
+            return next((s.value for s in self.all if s.name == subject), None)
+        return subject if TESTS[test](subject) else None
+
+    def end_block(self):
+        texts, lines = self.block or ((), ())
+        self.block = None
+        for text in texts:
+            for name, value, where in lines:
+                self.add(name, value.replace('%(_)', text), where)
+
+    def read_ini(self, setting):
+        """Take the section [uwsgi] of a file, or another: file:section, :section (of the last file)."""
+        file = name = self.fill(setting.value)
+        section = 'uwsgi'
+        if not os.path.exists(name) and ':' in name and '://' not in name:
+            file, _, section = name.rpartition(':')
+        file = file or (self.files[-1][0] if self.files else '')
+        if (file, section) in self.files:
+            setting.warn(f'{file}:{section} was read already')
+            return
+        try:
+            with open(file, encoding='utf-8-sig', errors='surrogateescape', newline='') as lines:
+                lines = lines.read().split('\n')
+        except (OSError, ValueError) as error:
+            reason = 'only files can be read' if '://' in name else getattr(error, 'strerror', None) or error
+            raise ConfigError(f"can't read {name or 'a file without a name'}: {reason}") from None
+        self.files.append((file, section))
+        values = magic(file, section, *self.files[0]) if any('%' in line for line in lines) else {}
+        self.take_lines(lines, file, section, values)
+
+    def take_lines(self, lines, file, section, values):
+        found = []
+        for i, line in enumerate(lines, 1):
+            line = expand_magic(line, values).strip(' \t\r')
+            self.note_names(line)
+            if line[:1] == '[':
+                found.append(line[1:].partition(']')[0].strip())
+            elif line and line[0] not in ';#' and found[-1:] == [section]:
+                key, _, value = line.partition('=')
+                self.add(key.strip(' \t'), value.strip(' \t'), f'{file}:{i}')
+        if self.block is not None:
+            self.notes.append(f'{file}: a block has no end; it ends with the file')
+            self.end_block()
+        if section not in found:
+            others = ', '.join(f'{file}:{name}' for name in dict.fromkeys(found)) or 'it has no section at all'
+            self.notes.append(f'{file}: there is no section [{section}], so nothing is taken from it; try {others}')
+
+    def note_names(self, line):
+        """Remember which names are asked for with %(name): they are variables."""
+        substitute('%(', line, lambda names: self.asked.update(names.replace('(', ' ').replace(')', ' ').split()))
+
+    def fill(self, value, within=()):
+        """Fill in $(ENV), @(file) and %(name), in uWSGI's order; what isn't known stays as it is."""
+        value = substitute('$(', value, os.environ.get)
+        value = substitute('@(', value, read_text)
+        return substitute('%(', value, lambda names: self.compute(names, within))
+
+    def compute(self, expression, within):
+        """The text for %(name), %(a b) and %(a + b): names and numbers, strictly from left to right."""
+        while '(' in expression:
+            before, _, rest = expression.rpartition('(')
+            inner, _, rest = rest.partition(')')
+            expression = before + str(self.compute(inner, within)) + rest
+        result = operator = None
+        for token in expression.replace('++', '+ 1').replace('--', '- 1').split():
+            if token in OPERATORS:
+                operator = token
+                continue
+            if not token.isdecimal():
+                found = next((s.value for s in self.all if s.name == token), None)
+                token = None if found is None or token in within else self.fill(found, (*within, token))
+            if token is not None and operator and result is not None:
+                token, operator = str(OPERATORS[operator](leading_number(result), leading_number(token))), None
+                result = token
+            elif token is not None:
+                result = (result or '') + token
+        return result
+
+    def expand(self):
+        for setting in self.all:
+            try:
+                setting.value = self.fill(setting.value, (setting.name,))
+            except ConfigError as error:
+                getattr(setting, 'fail' if setting.fate == 'used' else 'warn')(str(error))
+
+
+def target(argument):
+    """The option that an argument without a name is the value of, or None."""
+    if argument.endswith('.ini') or '.ini:' in argument:
+        return 'ini'
+    if argument.endswith(('.py', '.wsgi')):
+        return 'wsgi-file'
+    return 'module' if ':' in argument[1:] and '/' not in argument and not argument[-1].isdigit() else None
 
 
 def only_one(prefix):
     """The option that a prefix of its name stands for, as getopt_long() allows, if there is just one."""
+    prefix = prefix.replace('_', '-')
     found = {BY_NAME[name] for name in BY_NAME if name.startswith(prefix) and prefix[:1] != '-'}
-    return found.pop() if len(found) == 1 else None
+    return BY_NAME.get(prefix) or (found.pop() if len(found) == 1 else None)
 
 
-def guess(name):
-    import difflib
-    near = difflib.get_close_matches(name, [n for n in BY_NAME if n[0] != '-'], 1, 0.75)
-    return f", did you mean '{near[0]}'?" if near else ''
+def command_line(arguments, settings):
+    """Take the arguments: options (as --name value, --name=value, -x value), then .ini and .py files."""
+    rest, targets = list(arguments), []
+    while rest:
+        argument = rest.pop(0)
+        if argument[:1] != '-':
+            if not target(argument):
+                raise ConfigError(f"command line: what is {argument!r}? A .ini or .py file or module:callable is "
+                                  "expected; see --help")
+            targets.append(argument)
+            continue
+        name, equals, value = argument.lstrip('-').partition('=')
+        if argument[:2] != '--':
+            name, value = argument[:2], argument[2:].lstrip('=')
+            equals = value
+        option = BY_NAME.get(name) or only_one(name)
+        if option is None and fate(name)[0] == 'unknown':
+            raise ConfigError(f'command line: unknown option {argument}{guess(name)}; see --help')
+        if not equals and (not option or option.kind is not flag):
+            if rest and rest[0][:1] != '-' and not (target(rest[0]) and (not option or option.kind is octal)):
+                value = rest.pop(0)
+            elif option and option.kind is not octal:
+                raise ConfigError(f'command line: {argument} needs a value: {option.kind.expected}')
+        settings.add(option.name if option else name, value, COMMAND_LINE)
+    for argument in targets:
+        settings.add(target(argument), argument, COMMAND_LINE)
 
 
 class Config:
     """The options as attributes (- becomes _); nothing changes them after load_config()."""
 
     def __init__(self, settings):
-        self.settings, self.warnings, self.errors = settings.all, settings.warnings, []
+        self.settings, self.notes, self.asked = settings.all, settings.notes, settings.asked
+        self.setters = {}                               # attribute -> the setting that set it
         for option in ROWS:
             setattr(self, option.attribute, option.default)
-        used = ' '.join(s.value for s in settings.all)  # before expand(): which names are variables
         settings.expand()
-        for setting in settings.all:
-            self.take(setting, used)
+        for setting in sorted(settings.all, key=lambda setting: setting.where == COMMAND_LINE):    # it wins
+            self.take(setting)
+        self.warnings = list(dict.fromkeys([*self.notes, *(text for s in self.settings for text in s.warnings)]))
+        self.errors = list(dict.fromkeys(text for s in self.settings for text in s.errors))
         if self.strict:
-            self.errors += [f'{s.where}: {s.remark} (strict)' for s in settings.all if s.fate == 'unknown']
+            self.errors += [f'{s.where}: {s.remark} (strict)' for s in self.settings if s.fate == 'unknown']
 
-    def take(self, setting, used):
+    def take(self, setting):
         """Give one setting its fate, and its value to the attribute that it sets."""
-        if setting.fate == 'unknown' and setting.name.replace('_', '-') in BY_NAME:
-            setting.remark = f"'{setting.name}' is written '{setting.name.replace('_', '-')}'"
-            self.warnings.append(f'{setting.where}: {setting.remark}')
-            setting.fate, setting.name = 'used', setting.name.replace('_', '-')
+        name = setting.name.replace('_', '-')
+        if setting.fate == 'unknown' and (setting.name in self.asked or setting.where.startswith('environment')):
+            setting.fate = 'variable'
+        elif setting.fate == 'unknown' and name != setting.name and fate(name)[0] != 'unknown':
+            setting.warn(f"'{setting.name}' is written '{name}'")
+            setting.name, setting.fate = name, fate(name)[0]
         if setting.fate == 'unknown':
-            if f'%({setting.name}' in used or f' {setting.name}' in used and '%(' in used:
-                setting.fate = 'variable'
-            else:
-                setting.remark = f"unknown option '{setting.name}'{guess(setting.name)}"
-                self.warnings.append(f'{setting.where}: {setting.remark}')
+            setting.warn(describe_unknown(setting.name, setting.value))
         elif setting.fate == 'unsupported':
-            self.warnings.append(f"{setting.where}: '{setting.name}' isn't supported: {setting.remark}")
-        if setting.fate == 'used':
+            setting.warnings.append(f"{setting.where}: '{setting.name}' isn't supported; instead: {setting.remark}")
+        elif setting.name in BY_NAME:
             self.convert(setting, BY_NAME[setting.name])
 
     def convert(self, setting, option):
-        value = setting.value
-        if option.convert is not anything:
-            value = self.without_comment(setting)
-            if value[:1] in ('"', "'") and value[-1:] == value[:1]:
-                self.warn(setting, 'the quotes are part of the value; leave them out')
-        if option.convert in (number, positive) and value.lower() in BOOLEANS:
-            self.warn(setting, f'{option.convert.__doc__} is expected; taken as {option.default}')
-            return
+        """Set the attribute. What uWSGI reads otherwise than it is meant gets a warning, never a start refused."""
+        kind, value = option.kind, setting.value
+        taken = None
+        if kind in NUMERIC and value.lower() in BOOLEANS:
+            taken = str(option.default if kind is positive else 0)
+        elif kind in NUMERIC and value[:1].isdecimal() and not value.replace('.', '', kind is seconds).isdecimal():
+            taken = str(leading_number(value))
+        elif kind in (filename, word) and value.lower() in BOOLEANS:
+            taken = value
+        if taken == '':
+            return setting.warn(f'{setting.name}: it is empty and left out; {kind.expected} is expected')
+        if taken is not None:
+            setting.warn(f'{setting.name} = {value}: {kind.expected} is expected; taken as {taken}')
+        if kind is not anything:
+            self.doubt(setting)
         try:
-            value = option.convert(value)
+            value = kind.convert(value if taken is None else taken)
+            if kind in NUMERIC and value < 0:
+                refuse()
         except ValueError:
-            setting.remark = f"'{setting.name} = {value}': {option.convert.__doc__} is expected"
-            self.errors.append(f'{setting.where}: {setting.remark}')
-            return
+            return setting.fail(f"'{setting.name} = {setting.value}': {kind.expected} is expected")
         if type(option.default) is tuple:
             value = (*getattr(self, option.attribute), value)
-        setattr(self, option.attribute, value)
+        elif option.attribute in self.setters:
+            earlier = self.setters[option.attribute]
+            earlier.remark = f'{earlier.remark}; '.lstrip('; ') + f'{setting.where} overrides it'
+        self.setters[option.attribute] = setting
+        return setattr(self, option.attribute, value)
 
-    def without_comment(self, setting):
-        """uWSGI keeps a comment after a value as a part of it, which is never meant."""
-        at = min((i for i in map(setting.value.find, (' ;', ' #', '\t;', '\t#')) if i >= 0), default=-1)
-        if at < 0:
-            return setting.value
-        self.warn(setting, f'a comment needs a line of its own; {setting.value[at:].strip()!r} is left out')
-        setting.value = setting.value[:at].rstrip()
-        return setting.value
-
-    def warn(self, setting, remark):
-        setting.remark = remark
-        self.warnings.append(f'{setting.where}: {setting.name}: {remark}')
+    def doubt(self, setting):
+        """Warn of what uWSGI takes literally and nobody means."""
+        value = setting.value
+        if value[:1] in ('"', "'") and value[-1:] == value[:1]:
+            setting.warn(f'{setting.name}: the quotes are a part of the value; leave them out')
+        if '{{' in value or '{%' in value or '<%' in value:
+            setting.warn(f"{setting.name}: a template that wasn't filled in")
+        elif '$(' in value:
+            setting.warn(f'{setting.name}: {value}: there is no such variable in the environment')
+        elif '$' in value:
+            setting.warn(f'{setting.name}: {value}: variables of the environment are written $(NAME)')
 
 
 def load_config(arguments):
     """A Config from the environment, the files and the command line (a list of arguments)."""
     settings = Settings()
     for name, value in os.environ.items():
-        if name.startswith('UWSGI_') and fate(name[6:].lower().replace('_', '-'))[0] == 'used':
+        if name.startswith('UWSGI_'):
             settings.add(name[6:].lower().replace('_', '-'), value, f'environment {name}')
     command_line(arguments, settings)
+    for setting in settings.inherited:                  # it may grow
+        settings.attempt(settings.read_ini, setting)
     config = Config(settings)
-    config.logto = config.daemonize or config.logto
+    files = [target.partition('file:')[2] for target in config.logger if 'file:' in target]
+    config.logto = config.daemonize or config.logto or (files and files[-1])
     if config.logto:
         config.logto = os.path.abspath(config.logto)    # before chdir, as in uWSGI
     return config
 
 
+SECRET = 'pass', 'secret', 'key', 'token', 'credential', 'dsn'
+
+
+def is_secret(name):
+    return any(part in name.lower() for part in SECRET)
+
+
+def show_config(config):
+    """Print each line of the configuration: its fate, name = value, where it stands, a remark. No secrets."""
+    secrets = [s.value for s in config.settings if s.fate != 'used' and is_secret(s.name)]
+    secrets += [value.strip() for name, _, value in (item.partition('=') for item in config.env) if is_secret(name)]
+    secrets += [value for name, value in os.environ.items() if is_secret(name)]
+    sys.stdout.reconfigure(errors='backslashreplace')
+    for setting in config.settings:
+        name, equals, _ = setting.value.partition('=')
+        if equals and (setting.name == 'env' or setting.name.startswith('set') and is_secret(name)):
+            value = f'{name}=***'
+        else:
+            value = '***' if is_secret(setting.name) and setting.fate != 'used' else setting.value
+        line = f'{setting.fate:12}{setting.name} = {value}  ({setting.where})  {setting.remark}'.rstrip()
+        for secret in secrets:
+            line = line.replace(secret, '***') if len(secret) > 5 else line
+        print(line.replace('\n', '\\n'))
+    for note in config.notes:
+        print(note)
+    sys.stdout.flush()
+
+
 def usage():
-    lines = [__doc__.split('\n\n')[0], '', 'python3 minuwsgi.py [FILE.ini[:SECTION] | FILE.py | MODULE:CALLABLE] [OPTION ...]']
+    lines = [__doc__.split('\n\n')[0], 'minuwsgi.py [FILE.ini[:SECTION] | FILE.py | MODULE:CALLABLE] [OPTION …]']
     for row in OPTIONS:
         if type(row) is str:
-            lines.append(f'\n{row}')
-            continue
-        option = Option(*row)
-        name = ', '.join([f'--{option.name}', *option.short]) + ('' if option.convert is flag else ' V')
-        default = f' [{option.default}]' if option.default not in (None, False, 0, ()) else ''
-        lines.append(f'  {name:30} {option.meaning}{default}')
+            lines.append(f'{row}:')
+        elif row[3].startswith('the same'):
+            lines[-1] += f'; --{row[0].split()[0]}'
+        else:
+            option = Option(*row)
+            name = ', '.join([f'--{option.name}', *option.short]) + ('' if option.kind is flag else ' V')
+            default = f' [{option.default}]' if option.default not in (None, False, 0, ()) else ''
+            lines.append(f'  {name:26} {option.meaning}{default}')
     return '\n'.join(lines) + '''
-
+Commands:
   --stop PIDFILE, --reload PIDFILE   send SIGTERM, SIGHUP to the master
   --curl SOCKET [PATH]               ask a uwsgi server and print its answer
   --version, --help
@@ -801,7 +1026,7 @@ def owner(names):
         uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid if user else -1
         gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid if group else -1
     except KeyError as error:
-        raise ConfigError(f'{names}: {error.args[0]}') from None
+        raise ConfigError(f"{names.strip(':')}: {error.args[0]}") from None
     return uid, gid
 
 
@@ -1386,12 +1611,13 @@ class Response:
 
     __slots__ = ('fd', 'timeout', 'status', 'head', 'end', 'headers', 'length', 'left', 'size', 'sent', 'no_body',
                  'head_only', 'http', 'keep', 'chunked', 'blocking', 'patience', 'ending', 'has_date', 'has_server', 'date',
-                 'body')
+                 'body', 'extra')
 
     def __init__(self, config):
         self.timeout, self.patience = config.socket_timeout, config.http_timeout
         self.http = self.keep = self.chunked = self.sent = self.head_only = False
-        self.status, self.end, self.date, self.ending, self.size = None, '\r\n', b'', '', 0
+        self.extra = ''.join(f'{header.strip()}\r\n' for header in config.add_header)
+        self.status, self.end, self.date, self.ending, self.size = None, self.extra + '\r\n', b'', '', 0
         self.head, self.headers, self.body = b'', (), None
 
     def start_response(self, status, headers, exc_info=None):
@@ -2555,7 +2781,7 @@ class Core:
             utc = time.asctime(time.gmtime(now))
             day = utc[8:10].replace(' ', '0')
             date = f'Date: {utc[:3]}, {day} {utc[4:7]} {utc[20:]} {utc[11:19]} GMT\r\n'
-            self.response.date, self.usual_end = date.encode(), f'{date}Server: minuwsgi\r\n\r\n'
+            self.response.date, self.usual_end = date.encode(), f'{date}Server: minuwsgi\r\n{self.response.extra}\r\n'
 
     # -- several listeners, HTTP, threads
 
@@ -2685,7 +2911,7 @@ class Core:
         numbers[BUSY] += now - began
         if self.worker.logging:
             self.log_request(environ, len(environ) - len(connection.environ), max(end, 0) + 4, now - began)
-        response.sent, response.size, response.end, response.http, response.chunked = False, 0, '\r\n', False, False
+        response.sent, response.size, response.end, response.http, response.chunked = False, 0, response.extra + '\r\n', False, False
         response.body = None
         numbers[STARTED] = 0.0
         if self.requests >= self.worker.limit:
@@ -2885,10 +3111,10 @@ class Worker:
             self.leave(f'max-requests, it has answered {requests}')
         elif config.reload_on_rss or config.reload_on_as:
             with open('/proc/self/statm') as file:
-                size, rss = [int(pages) * mmap.PAGESIZE >> 20 for pages in file.read().split()[:2]]
+                size, rss = [int(pages) * mmap.PAGESIZE for pages in file.read().split()[:2]]
             for name, most, is_now in ('rss', config.reload_on_rss, rss), ('as', config.reload_on_as, size):
                 if most and is_now >= most:
-                    self.leave(f'reload-on-{name} = {most}, it has {is_now} MB after {self.rows[0].request()}')
+                    self.leave(f'reload-on-{name} = {most >> 20}, it has {is_now >> 20} MB after {self.rows[0].request()}')
             self.limit = requests + 1
         return self.limit if not self.rows[0].numbers[LEAVING] else math.inf
 
@@ -3011,11 +3237,12 @@ def load_application(config):
     command = worker_command(config)
     if command:
         return check_command(command, config)
+    import importlib
+    for name in getattr(config, 'import'):
+        importlib.import_module(name)
     mounts = {}
     for mount in config.mount:
-        prefix, equals, spec = mount.partition('=')
-        if not equals:
-            raise AppError(f'mount = {mount}: /prefix=module:callable is expected')
+        prefix, _, spec = mount.partition('=')
         mounts[prefix.rstrip('/')] = load_spec(spec, config)
     default = None
     if config.module:
@@ -3027,6 +3254,8 @@ def load_application(config):
     if default is None and not mounts:
         raise AppError('no application is named: set module = package.module:callable or wsgi-file = FILE')
     application = mounted(mounts, mounts.pop('', default), config.manage_script_name) if mounts else default
+    if config.chdir2:
+        os.chdir(config.chdir2)
     return with_static_files(config, application)
 
 
@@ -3200,7 +3429,7 @@ def name_process(config, role):
     name = config.procname_master if role == 'master' and config.procname_master else config.procname
     try:
         with open('/proc/self/comm', 'w') as file:
-            file.write((prefix or '') + (name or f'uWSGI {role}'))
+            file.write((prefix or '') + (name or f'uWSGI {role}') + (config.procname_append or ''))
     except OSError:
         pass                                            # not Linux, or after setuid()
 
@@ -3527,7 +3756,7 @@ class Master:
                 since = min((row.numbers[STARTED] for row in child.busy()), default=math.inf)
                 if now >= since + self.config.harakiri:         # it has a second to tell where it is
                     os.kill(child.pid, signal.SIGALRM)
-                    child.kill_at, child.why_killed = now + 1, f'harakiri = {self.config.harakiri}'
+                    child.kill_at, child.why_killed = now + self.config.harakiri_graceful_timeout, f'harakiri = {self.config.harakiri}'
             lifetime = self.config.max_worker_lifetime
             if lifetime and child.rows and now >= self.end_of_life(child) and not child.must_go():
                 log(f'worker {child.number} (pid {child.pid}) leaves: max-worker-lifetime')
@@ -3728,6 +3957,7 @@ class Master:
         notify(f'RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}\nSTATUS=reloading')
         with self.start.as_then():
             self.proof = os.posix_spawn(sys.executable, [*self.start.command, '--check'], self.start.environment,
+                                        file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
                                         setsigmask=(), setsigdef=SIGNALS)
 
     def after_proof(self, code):
@@ -3875,34 +4105,86 @@ def prepare(config):
     """Make the process what the options ask for; what the application sees is in place then."""
     if config.umask is not None:
         os.umask(config.umask)
-    if config.virtualenv:
-        enter_virtualenv(config.virtualenv)
     for item in config.env:
-        name, equals, value = item.partition('=')
-        if not equals or not name:
-            raise ConfigError(f'env = {item}: NAME=value is expected')
+        name, _, value = item.partition('=')
         os.environ[name.strip()] = value.strip()
+    set_limits(config)
     if config.chdir:
         try:
             os.chdir(config.chdir)
         except OSError as error:
             raise ConfigError(f'chdir = {config.chdir}: {error.strerror}') from None
     sys.path.insert(0, os.getcwd())
-    sys.path[:0] = [os.path.abspath(directory) for directory in config.pythonpath]
+    for directory in reversed(config.pythonpath):
+        sys.path[:0] = [os.path.abspath(found) for found in glob_sorted(directory) or [directory]]
+    sys.argv[1:] = config.pyargv.split() if config.pyargv else []
     sys.modules.setdefault('minuwsgi', sys.modules[__name__])       # `module = minuwsgi:demo` is this file
 
 
-def enter_virtualenv(directory):
-    """Go on as the Python of a virtual environment, unless this is it."""
-    directory = os.path.abspath(directory)
+def set_limits(config):
+    if config.max_fd or config.limit_as:
+        import resource
+        for name, kind, limit in (('max-fd', resource.RLIMIT_NOFILE, config.max_fd),
+                                  ('limit-as', resource.RLIMIT_AS, config.limit_as)):
+            hard = resource.getrlimit(kind)[1]
+            try:
+                if limit:
+                    resource.setrlimit(kind, (limit, hard if hard < 0 else max(limit, hard)))
+            except (OSError, ValueError) as error:
+                log(f'{name}: {error}')
+
+
+def enter_python(config):
+    """Go on as the Python of `virtualenv`, unless this is it."""
+    directory = os.path.abspath(config.virtualenv or sys.prefix)
     if os.path.realpath(sys.prefix) == os.path.realpath(directory):
         return
     python = os.path.join(directory, 'bin', 'python')
     if not os.access(python, os.X_OK):
-        there = os.path.isdir(directory)
-        raise ConfigError(f"virtualenv = {directory}: {'it has no bin/python' if there else 'there is no such directory'}"
-                          f'; make one with: python3 -m venv {directory}')
+        there = 'it has no bin/python' if os.path.isdir(directory) else 'there is no such directory'
+        raise ConfigError(f'virtualenv = {directory}: {there}; make one with: python3 -m venv {directory}')
     os.execv(python, [python, os.path.abspath(sys.argv[0]), *sys.argv[1:]])
+
+
+def check(config):
+    """Print each line of the configuration, then all that would stop a start. The exit code."""
+    offer_uwsgi_module(config)
+    show_config(config)
+    errors = list(config.errors)
+    trials = [(prepare, config), (owner, f'{config.uid or ""}:{config.gid or ""}'), (owner, config.chown_socket or '')]
+    trials += [(try_address, address) for address in config.socket + config.uwsgi_socket + config.http_socket]
+    for trial, what in trials:
+        try:
+            trial(what)
+        except ConfigError as error:
+            errors.append(str(error))
+    if not config.socket + config.uwsgi_socket + config.http_socket:
+        errors.append(NO_SOCKET)
+    for error in errors:
+        log(f'minuwsgi: {error}')
+    loaded = load_or_log(config) is not None
+    return EXIT_CONFIG if errors else 0 if loaded else EXIT_NO_APP
+
+
+def try_address(address):
+    """What is wrong with an address, as far as it shows without bind()."""
+    address = address.replace('unix://', '').replace('unix:', '')
+    host, colon, port = address.rpartition(':')
+    try:
+        if address.startswith(('@', 'fd://')):
+            return
+        if '/' in address or not colon:
+            if not os.path.isdir(os.path.dirname(os.path.abspath(address))):
+                raise ValueError('there is no such directory')
+        elif not port.isdecimal():
+            raise ValueError(f'{port!r} is no port; write host:port or :port')
+        else:
+            socket.getaddrinfo(host.strip('[]') or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(f"can't bind {address}: {getattr(error, 'strerror', None) or error}") from None
+
+
+NO_SOCKET = 'no socket is named: set socket = PATH or http-socket = :8000'
 
 
 def activated():
@@ -3920,7 +4202,9 @@ def bind(config, inherited, listeners):
     """Fill the list of listeners; inherited: [(address, protocol, descriptor, inode)] from before a reload."""
     kept = {(address, protocol): (fd, inode) for address, protocol, fd, inode in inherited}
     given = activated()
-    wanted = [(a, 'uwsgi') for a in config.socket] + [(a, 'http') for a in config.http_socket]
+    wanted = [(address, config.protocol) for address in config.socket]
+    wanted += [(address, 'uwsgi') for address in config.uwsgi_socket]
+    wanted += [(address, 'http') for address in config.http_socket]
     for address, protocol in dict.fromkeys(wanted):
         name = '0.0.0.0' + address if address[:1] == ':' else address
         fd, inode = kept.pop((address, protocol), None) or (given.pop(name, None), None)
@@ -3933,7 +4217,7 @@ def bind(config, inherited, listeners):
     if config.listen > LISTEN_MAX:
         log(f'listen = {config.listen}: the kernel allows {LISTEN_MAX}; for more: sysctl net.core.somaxconn={config.listen}')
     if not listeners:
-        raise ConfigError('no socket is named: set socket = PATH or http-socket = :8000')
+        raise ConfigError(NO_SOCKET)
 
 
 class Pidfile:
@@ -4005,6 +4289,8 @@ def serve(config, start):
     signals, owned = Signals(), []
     reloaded = ', reloaded' if state['workers'] else ''
     log(f"minuwsgi {__version__}, Python {sys.version.split()[0]}, pid {os.getpid()}{reloaded}")
+    for text in config.print:
+        log(text)
     application, stuck, hooks = None, False, offer_uwsgi_module(config)
     try:
         pidfile = config.pidfile and os.path.abspath(config.pidfile)        # before chdir, as in uWSGI
@@ -4097,14 +4383,19 @@ def main(arguments):
             return send_signal(*arguments[:2])
         start = Start(arguments)
         config = load_config(arguments)
+        if config.show_config:
+            show_config(config)
+            return 0
+        try:
+            enter_python(config)
+        except ConfigError as error:
+            config.errors.append(str(error))
+        if config.check:
+            return check(config)
         for warning in config.warnings:
             log(warning)
         if config.errors:
             raise ConfigError('\n'.join(config.errors))
-        if config.check:
-            offer_uwsgi_module(config)
-            prepare(config)
-            return EXIT_NO_APP if load_or_log(config) is None else 0
         return serve(config, start)
     except ConfigError as error:
         log(f'minuwsgi: {error}')
