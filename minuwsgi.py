@@ -3,6 +3,7 @@
 TODO map
 """
 import collections
+import contextlib
 import errno
 import gc
 import io
@@ -12,6 +13,8 @@ import os
 import select
 import signal
 import socket
+import stat
+import struct
 import sys
 import time
 
@@ -115,6 +118,43 @@ OPTIONS = (
     ('gid', word, None, 'group to become'),
     ('pidfile', filename, None, "write the master's pid here"),
     ('daemonize -d', filename, None, 'go to the background, log to this file'),
+    ('harakiri', number, 0, 'seconds that a request may take (0: any)'),
+    ('max-requests', number, 0, 'replace a worker after so many requests'),
+    ('max-requests-delta', number, 0, ''),
+    ('max-worker-lifetime', number, 0, ''),
+    ('max-worker-lifetime-delta', number, 0, ''),
+    ('reload-on-rss', number, 0, ''),
+    ('reload-on-as', number, 0, ''),
+    ('cheaper', number, 0, ''),
+    ('cheaper-initial', number, 0, ''),
+    ('cheaper-step', number, 1, ''),
+    ('cheaper-overload', number, 3, ''),
+    ('cheaper-algo', word, 'spare', ''),
+    ('idle', number, 0, ''),
+    ('die-on-idle', flag, False, ''),
+    ('touch-reload', filename, (), ''),
+    ('touch-chain-reload', filename, (), ''),
+    ('py-autoreload', number, 0, ''),
+    ('log-reopen', flag, False, ''),
+    ('log-maxsize', number, 0, ''),
+    ('log-backupname', filename, None, ''),
+    ('log-date', anything, None, ''),
+    ('log-format', anything, None, ''),
+    ('log-4xx', flag, False, ''),
+    ('log-5xx', flag, False, ''),
+    ('log-slow', number, 0, ''),
+    ('log-zero', flag, False, ''),
+    ('log-big', number, 0, ''),
+    ('log-x-forwarded-for', flag, False, ''),
+    ('logger', anything, (), ''),
+    ('req-logger', anything, (), ''),
+    ('auto-procname', flag, False, ''),
+    ('procname', word, None, ''),
+    ('procname-master', word, None, ''),
+    ('procname-prefix', word, '', ''),
+    ('procname-prefix-spaced', word, '', ''),
+    ('stats', word, None, ''),
+    ('stats-http', flag, False, ''),
     ('logto', filename, None, 'log to this file'),
     ('disable-logging -L', flag, False, 'no log line for each request'),
     'Other languages',
@@ -523,7 +563,11 @@ def load_config(arguments):
         if name.startswith('UWSGI_') and fate(name[6:].lower().replace('_', '-'))[0] == 'used':
             settings.add(name[6:].lower().replace('_', '-'), value, f'environment {name}')
     command_line(arguments, settings)
-    return Config(settings)
+    config = Config(settings)
+    config.logto = config.daemonize or config.logto
+    if config.logto:
+        config.logto = os.path.abspath(config.logto)    # before chdir, as in uWSGI
+    return config
 
 
 def usage():
@@ -571,12 +615,29 @@ def log_exception(message):
 def open_log(name):
     """Let the descriptors 1 and 2 write to the end of a file."""
     try:
-        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o640)
     except OSError as error:
         raise ConfigError(f"can't write the log {name}: {error.strerror}") from None
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
+
+
+def reopen_log(config):
+    """Follow the log's name to a new file, after somebody (logrotate) moved the old one."""
+    if config.logto:
+        try:
+            if not os.path.exists(config.logto) or not os.path.samestat(os.stat(config.logto), os.fstat(2)):
+                open_log(config.logto)
+        except (ConfigError, OSError) as error:         # the old file goes on
+            log(f'log: {error}')
+
+
+def rotate_log(config):
+    """log-maxsize: move the log away when it is too large."""
+    if config.logto and os.fstat(2).st_size > config.log_maxsize:
+        os.rename(config.logto, config.log_backupname or f'{config.logto}.{int(time.time())}')
+        reopen_log(config)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -587,6 +648,18 @@ def open_log(name):
 # (umask round bind), and its file is removed only while it is still ours (device and inode), as
 # another server may have taken the name over.
 
+def listen_max():
+    """The most connections that the kernel lets wait, see listen(2); what is more is cut silently."""
+    try:
+        with open('/proc/sys/net/core/somaxconn') as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 1 << 30
+
+
+LISTEN_MAX = listen_max()
+
+
 class Listener:
     """A listening socket.
 
@@ -594,11 +667,11 @@ class Listener:
     protocol: 'uwsgi' or 'http'.  fd: an inherited descriptor, which isn't bound again."""
 
     def __init__(self, address, protocol, config, fd=None, inode=None):
-        self.address, self.protocol, self.inode = address, protocol, inode
+        self.address, self.protocol, self.inode = address, protocol, inode and tuple(inode)
         for prefix in ('unix://', 'unix:'):
             if address.startswith(prefix):
                 address = address[len(prefix):]
-        if address.startswith('fd://'):
+        if fd is None and address.startswith('fd://'):
             fd = int(address[5:])
         self.path = None if ':' in address or address[:1] == '@' else os.path.abspath(address)
         self.name = address
@@ -612,7 +685,7 @@ class Listener:
                 self.bind_tcp(address)
         except (OSError, ValueError) as error:
             raise ConfigError(f"can't bind {self.address}: {getattr(error, 'strerror', None) or error}") from None
-        self.socket.listen(config.listen)
+        self.socket.listen(min(config.listen, LISTEN_MAX))
         self.socket.setblocking(True)
         self.host, _, self.port = self.name.rpartition(':') if self.path is None else ('localhost', '', '80')
 
@@ -632,8 +705,8 @@ class Listener:
             self.socket.bind(self.path)
         finally:
             os.umask(before)
-        stat = os.stat(self.path)
-        self.inode = stat.st_dev, stat.st_ino
+        status = os.stat(self.path)
+        self.inode = status.st_dev, status.st_ino
         if config.chown_socket or config.uid or config.gid:
             os.chown(self.path, *owner(config.chown_socket or f'{config.uid or ""}:{config.gid or ""}'))
 
@@ -654,8 +727,8 @@ class Listener:
     def vacuum(self):
         """Remove the socket's file if it is still the one that was bound here."""
         try:
-            stat = os.stat(self.path)
-            if (stat.st_dev, stat.st_ino) == self.inode:
+            status = os.stat(self.path)
+            if (status.st_dev, status.st_ino) == self.inode:
                 os.unlink(self.path)
         except (OSError, TypeError):
             pass
@@ -663,7 +736,6 @@ class Listener:
 
 def remove_stale_socket(path):
     """Make way for bind(): remove a socket that nobody listens on, and nothing else."""
-    import stat
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -788,7 +860,7 @@ class Expected:
         self.base = base                                # the environ without the web server's variables
         self.names = {}                                 # size's high byte + name -> name
         # start, its end, copy the template and pieces after it; the same without start; variables
-        self.plan = '\0', 5, base.copy, (), base.copy, (), 0
+        self.plan = '\0', 5, base.copy, (), base.copy, (('nothing', 0, ''),), 0
         self.skipped = {}                               # raw -> (variables before it, constants in it and after it)
         self.countdown = 0
 
@@ -824,7 +896,8 @@ class Expected:
 
     def learn_name(self, raw):
         if raw[:1] != '\0' or len(raw) < 2:             # else the high byte of the size would be ignored
-            raise BadRequest('a variable without a name' if raw == '\0' else 'a name of more than 255 bytes')
+            raise BadRequest({'\0': 'a variable without a name', '': 'the lengths in the block of variables do not add up'}
+                             .get(raw, 'a name of more than 255 bytes'))
         name = sys.intern(raw[1:])
         if len(self.names) < 1000:                      # clients can invent headers
             self.names[raw] = name
@@ -1023,6 +1096,8 @@ def read_some(fd, buffer, deadline):
         except BlockingIOError:
             wait_for(fd, select.POLLIN, deadline)
             continue
+        except ConnectionError as error:
+            raise ClientGone(error.errno, error.strerror) from None
         if not got:
             raise ClientGone(errno.ECONNRESET, 'the client closed the connection')
         return got
@@ -1030,7 +1105,10 @@ def read_some(fd, buffer, deadline):
 
 def write_some(fd, chunks):
     """Write what fits of a list of bytes to a non-blocking descriptor, and leave the rest in the list."""
-    sent = os.writev(fd, chunks[:IOV_MAX])
+    try:
+        sent = os.writev(fd, chunks[:IOV_MAX])
+    except ConnectionError:
+        raise ClientGone(0, 'the client left before the end of the response') from None
     done = 0
     while done < len(chunks) and sent >= len(chunks[done]):
         sent -= len(chunks[done])
@@ -1144,7 +1222,6 @@ class FileWrapper:
 
     def descriptor(self):
         """(descriptor, offset, bytes from there) of a regular file, else None."""
-        import stat
         try:
             fd, offset = self.file.fileno(), self.file.tell()
             status = os.fstat(fd)
@@ -1733,6 +1810,8 @@ def send_file(fd, head, file, offset, count, seconds):
             except BlockingIOError:
                 yield select.POLLOUT, seconds
                 continue
+            except ConnectionError:
+                raise ClientGone(0, 'the client left before the end of the file') from None
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
                     raise
@@ -1829,7 +1908,7 @@ class Offloader:
         except StopIteration:
             self.end(fd, True)
         except Exception as error:
-            if not isinstance(error, ConnectionError):
+            if not isinstance(error, (ClientGone, ConnectionError)):
                 log(f'offload: {error}')
             self.end(fd, False)
         else:
@@ -1980,7 +2059,7 @@ class Core:
         response, application, expected = self.response, self.application, self.expected
         start_response, logging = response.start_response, not self.config.disable_logging
         start, start_end, started_environ, started_pieces, new_environ, all_pieces, planned = expected.plan
-        nothing, took, requests = self.template, 0.0, 0
+        nothing, took, requests, limit = self.template, 0.0, int(numbers[REQUESTS]), self.worker.limit
         while True:
             try:
                 fd, _ = accept()
@@ -2006,7 +2085,7 @@ class Core:
                     got, end = self.receive(fd, got)
 
                 text = memory[:end].decode('latin-1')
-                simple = text[4:start_end] == start     # a GET without a query, as expected
+                simple = text[4:start_end] == start and not memory[0]       # a GET without a query, as expected
                 if simple:
                     environ, pieces, at = started_environ(), started_pieces, start_end
                 else:
@@ -2063,6 +2142,8 @@ class Core:
                 self.log_request(environ, variables, memory[1] + (memory[2] << 8), took)
             response.sent = False
             numbers[STARTED] = 0.0
+            if requests >= limit:
+                limit = self.worker.check_limits(requests)
 
     # -- what is rare
 
@@ -2122,7 +2203,9 @@ class Core:
         else:
             status, why = '500 Internal Server Error', ''
             log_exception(f'{self.row.request()}: the application failed')
-        if isinstance(error, (SystemExit, KeyboardInterrupt)):
+        if isinstance(error, Harakiri):
+            status = '504 Gateway Timeout'
+        elif isinstance(error, (SystemExit, KeyboardInterrupt)):
             self.worker.leave('the application called sys.exit()')
         if response.sent:
             response.cut('the response was begun')
@@ -2288,7 +2371,13 @@ class Core:
             self.log_request(environ, len(environ) - len(connection.environ), max(end, 0) + 4, took)
         response.sent, response.size, response.end, response.http, response.chunked = False, 0, '\r\n', False, False
         numbers[STARTED] = 0.0
+        if self.requests >= self.worker.limit:
+            self.worker.check_limits(self.requests)
         return clear and keep
+
+
+class Harakiri(BaseException):
+    """Breaks a request off that took longer than the option harakiri allows."""
 
 
 class Worker:
@@ -2305,6 +2394,12 @@ class Worker:
         self.offloaders = [Offloader() for _ in range(max(1, config.offload_threads))]
         self.poll = self.stop_read = None
         self.swept = 0.0
+        self.limit = self.most = math.inf               # requests until check_limits(), until we leave
+        if config.max_requests:                         # not all workers at the same time
+            delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
+            self.limit = self.most = config.max_requests + delta
+        if config.reload_on_rss or config.reload_on_as:
+            self.limit = 0
 
     @property
     def offloader(self):
@@ -2315,8 +2410,6 @@ class Worker:
         """Serve until told to stop."""
         self.dead_end, other_end = os.pipe()
         os.close(other_end)
-        for number in signal.SIGTERM, signal.SIGHUP, signal.SIGIO:
-            signal.signal(number, self.on_stop)
         cores = [Core(self, i) for i in range(self.config.threads)]
         listener, *others = self.listeners.values()
         if others or len(cores) > 1 or listener.protocol != 'uwsgi':
@@ -2338,14 +2431,33 @@ class Worker:
         for offloader in self.offloaders:
             offloader.finish()
 
-    def on_other_signal(self, number, _):
-        """INT comes from a terminal to the whole group: the master decides. USR1: the log has a new file."""
-        if number == signal.SIGUSR1 and self.config.logto:
-            open_log(self.config.logto)
-        elif number == signal.SIGUSR2:
-            import faulthandler
-            log(f"worker {self.number}: {self.rows[0].request()}")
-            faulthandler.dump_traceback(2)
+    def handle_signals(self):
+        """INT comes from a terminal to the whole group, and the master decides: nothing is done. QUIT kills."""
+        import faulthandler
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL if number == signal.SIGQUIT else lambda *_: None)
+        for number in signal.SIGTERM, signal.SIGHUP, signal.SIGIO:
+            signal.signal(number, self.on_stop)
+        signal.signal(signal.SIGUSR1, lambda *_: reopen_log(self.config))
+        signal.signal(signal.SIGUSR2, self.tell_state)
+        signal.signal(signal.SIGALRM, self.on_harakiri)
+        for number in signal.SIGUSR2, signal.SIGALRM:   # the stacks come first, and even if Python hangs in C
+            faulthandler.register(number, file=2, chain=True)
+
+    def tell_state(self, *_):
+        log(f'worker {self.number} (pid {os.getpid()}): '
+            + (', '.join(row.request() for row in self.rows if row.numbers[STARTED]) or 'idle'))
+
+    def on_harakiri(self, *_):
+        """The request takes too long. With one thread it is broken off; then, or a second later by SIGKILL,
+        the worker is replaced: after an exception at an arbitrary place its state can't be trusted."""
+        row = self.rows[0]
+        if row.numbers[STARTED]:
+            log(f'harakiri: worker {self.number} (pid {os.getpid()}) at {row.request()} for '
+                f'{(time.monotonic() - row.numbers[STARTED]) * 1000:.0f} ms, its Python stack is above')
+            if len(self.rows) == 1:
+                self.leave('harakiri')
+                raise Harakiri
 
     def on_stop(self, number, _):
         """SIGTERM: everything ends, serve what waits. SIGHUP, SIGIO (the master died): others serve it."""
@@ -2374,6 +2486,9 @@ class Worker:
             time.sleep(0.1)
         elif error.errno == errno.EAGAIN:               # workers with several sockets made it non-blocking
             select.select(list(self.listeners), [], [])
+        elif error.errno != errno.ECONNABORTED:
+            log(f'worker {self.number}: accept: {error.strerror}; did the application close the socket?')
+            return True
         return False
 
     def tell_master(self, what):
@@ -2389,6 +2504,20 @@ class Worker:
             self.tell_master(LEAVING)
             if not self.master:
                 self.on_stop()
+
+    def check_limits(self, requests):
+        """Between requests: is it time for a successor? How many requests until the next look."""
+        config = self.config
+        if requests >= self.most:
+            self.leave(f'max-requests, it has answered {requests}')
+        elif config.reload_on_rss or config.reload_on_as:
+            with open('/proc/self/statm') as file:
+                size, rss = [int(pages) * mmap.PAGESIZE >> 20 for pages in file.read().split()[:2]]
+            for name, most, is_now in ('rss', config.reload_on_rss, rss), ('as', config.reload_on_as, size):
+                if most and is_now >= most:
+                    self.leave(f'reload-on-{name} = {most}, it has {is_now} MB after {self.rows[0].request()}')
+            self.limit = requests + 1
+        return self.limit if not self.rows[0].numbers[LEAVING] else math.inf
 
     # -- HTTP connections; with threads, an event is for one thread only (EPOLLONESHOT)
 
@@ -2561,7 +2690,7 @@ def find_callable(module, attribute, spec):
     except AttributeError:
         there = [n for n in ('application', 'app', 'create_app') if hasattr(module, n)]
         hint = f'; it has {there[0]!r}: set callable = {there[0]}' if there else ''
-        raise AppError(f'{spec} has no {name!r}{hint}') from None
+        raise AppError(f'{spec.partition(":")[0]} has no {name!r}{hint}') from None
     return found() if name != attribute else found
 
 
@@ -2584,6 +2713,245 @@ def mounted(mounts, default, manage):
     return application
 
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
+           signal.SIGCHLD)
+
+
+class Stopped(BaseException):
+    """A signal that ends the server came while it was still starting."""
+
+
+class Signals:
+    """The master's signals, as bytes in a pipe."""
+
+    def __init__(self):
+        self.fd, self.write = os.pipe()
+        os.set_blocking(self.fd, False)
+        os.set_blocking(self.write, False)
+        signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, self.while_starting)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # they are blocked over the exec of a reload
+
+    def while_starting(self, number, _):
+        if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            raise Stopped
+
+    def from_now_on(self):
+        """The application is loaded: nothing is interrupted any more."""
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+
+    def read(self):
+        return os.read(self.fd, 4096)
+
+    def close(self):
+        signal.set_wakeup_fd(-1)
+        os.close(self.fd)
+        os.close(self.write)
+
+
+class Notify:
+    """Tells systemd how the server is, see sd_notify(3); only the master does."""
+
+    def __init__(self):
+        self.address = os.environ.get('NOTIFY_SOCKET', '')
+        self.watchdog = self.address and int(os.environ.get('WATCHDOG_USEC', '0')) / 2e6
+        self.last = 0.0
+
+    def __call__(self, text):
+        if self.address:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
+                try:
+                    connection.sendto(text.encode(), self.address.replace('@', '\0', 1))
+                except OSError as error:
+                    log(f'NOTIFY_SOCKET: {error.strerror}')
+
+    def watch(self):
+        if self.watchdog and time.monotonic() - self.last >= self.watchdog - 0.5:
+            self.last = time.monotonic()
+            self('WATCHDOG=1')
+
+
+def oom_kills():
+    """How many processes the kernel has killed for want of memory, see proc(5)."""
+    try:
+        with open('/proc/vmstat') as file:
+            return next((int(line.split()[1]) for line in file if line.startswith('oom_kill ')), 0)
+    except OSError:
+        return 0
+
+
+def mtime(name):
+    try:
+        return os.stat(name).st_mtime_ns
+    except OSError:
+        return None
+
+
+def queue(listener):
+    """(connections that wait, how many may) of a listening socket: tcp(7) TCP_INFO, sock_diag(7)."""
+    try:
+        if listener.socket.family != socket.AF_UNIX:
+            info = listener.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+            return struct.unpack_from('=II', info, 24)          # tcpi_unacked, tcpi_sacked
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as netlink:       # NETLINK_SOCK_DIAG
+            inode = os.fstat(listener.socket.fileno()).st_ino
+            netlink.setblocking(False)
+            netlink.send(struct.pack('=IHHIIBBHIIIII', 40, 20, 1, 0, 0, socket.AF_UNIX, 0, 0, 1 << 10, inode,
+                                     0x10, 0xffffffff, 0xffffffff))                 # UDIAG_SHOW_RQLEN
+            answer = netlink.recv(4096)
+        size, kind = struct.unpack_from('=HH', answer, 32)      # behind nlmsghdr and unix_diag_msg
+        return struct.unpack_from('=II', answer, 36) if kind == 4 else (0, 0)       # UNIX_DIAG_RQLEN
+    except (OSError, AttributeError, struct.error):
+        return 0, 0
+
+
+def name_process(config, role):
+    """The name in ps and top (15 characters of it), see proc(5) on /proc/pid/comm."""
+    if not (config.auto_procname or config.procname or config.procname_prefix or config.procname_prefix_spaced):
+        return
+    prefix = config.procname_prefix or config.procname_prefix_spaced and config.procname_prefix_spaced + ' '
+    name = config.procname_master if role == 'master' and config.procname_master else config.procname
+    try:
+        with open('/proc/self/comm', 'w') as file:
+            file.write((prefix or '') + (name or f'uWSGI {role}'))
+    except OSError:
+        pass                                            # not Linux, or after setuid()
+
+
+def look_before_fork():
+    """Warn of what an application did while it was loaded and that doesn't survive, or bear, a fork."""
+    threading = sys.modules.get('threading')
+    for thread in threading.enumerate() if threading else ():
+        if thread is not threading.main_thread():
+            log(f'warning: the application started the thread {thread.name!r} while it was loaded: workers do not have '
+                'it. Start it in each worker (os.register_at_fork(after_in_child=...)), or set lazy-apps = true')
+    for fd in range(3, 256):
+        try:
+            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(fd)) as connection:
+                peer = connection.getpeername()
+        except OSError:                                 # there is no such descriptor, or it isn't connected
+            continue
+        log(f'warning: the application opened a connection to {peer} while it was loaded: all workers would share it. '
+            'Close it in each worker (os.register_at_fork(after_in_child=...)), or set lazy-apps = true')
+
+
+class Stats:
+    """The state of the server for uwsgitop and others: one JSON document for each connection, or with
+    stats-http GET / (JSON), /metrics (Prometheus) and /health. The master answers, so that it does
+    even when all workers are busy. No variables of requests are in it."""
+
+    def __init__(self, master):
+        self.master, self.asking = master, {}           # descriptor -> socket of a client that asks over HTTP
+        self.listener = Listener(master.config.stats, 'stats', master.config)
+        self.listener.socket.setblocking(False)
+
+    def descriptors(self):
+        return [self.listener.socket.fileno(), *self.asking]
+
+    def vacuum(self):
+        self.listener.vacuum()
+
+    def close(self):
+        self.listener.socket.close()
+
+    def serve(self, fd):
+        """Something can be read from one of our descriptors."""
+        try:
+            if fd == self.listener.socket.fileno():
+                client, _ = self.listener.socket.accept()
+                client.setblocking(False)
+                if self.master.config.stats_http:
+                    self.asking[client.fileno()] = client
+                    if len(self.asking) > 64:           # silent ones make way
+                        self.asking.pop(next(iter(self.asking))).close()
+                    return
+                answer = self.json()
+            else:
+                client = self.asking.pop(fd)
+                path = client.recv(4096).split(b' ')[1:2]
+                answer = self.over_http(path[0].decode('latin-1') if path else '')
+            with client:
+                client.send(answer)
+        except OSError:
+            pass
+
+    def over_http(self, path):
+        status, kind, body = '200 OK', 'application/json', b''
+        if path == '/health':
+            status, kind, body = self.health()
+        elif path == '/metrics':
+            kind, body = 'text/plain; version=0.0.4', self.metrics()
+        else:
+            body = self.json()
+        return (f'HTTP/1.0 {status}\r\nConnection: close\r\nAccess-Control-Allow-Origin: *\r\n'
+                f'Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n').encode() + body
+
+    def health(self):
+        """Is there a worker that is idle, or got its request not long ago?"""
+        now, limit = time.monotonic(), self.master.config.harakiri or 30
+        workers = [child for child in self.master.children.values() if child.is_ready()]
+        busy = [child for child in workers if len(child.busy()) == self.master.config.threads
+                and all(now - row.numbers[STARTED] > limit for row in child.busy())]
+        if workers and len(busy) < len(workers):
+            return '200 OK', 'text/plain', b'ok\n'
+        return '503 Service Unavailable', 'text/plain', f'all {len(workers)} workers are busy for > {limit} s\n'.encode()
+
+    def worker(self, child):
+        numbers = [row.numbers for row in child.rows or ()]
+        total = {name: sum(row[i] for row in numbers) for name, i in
+                 (('requests', REQUESTS), ('errors', ERRORS), ('bytes', BYTES), ('busy', BUSY))}
+        try:
+            with open(f'/proc/{child.pid}/statm') as file:
+                vsz, rss = [int(pages) * mmap.PAGESIZE for pages in file.read().split()[:2]]
+        except OSError:
+            vsz = rss = 0
+        requests = int(total['requests'])
+        status = 'busy' if child.busy() else 'idle'
+        return {'id': child.number, 'pid': child.pid, 'accepting': int(child.is_ready() and not child.stop_with),
+                'requests': requests, 'delta_requests': requests, 'exceptions': int(total['errors']), 'harakiri_count': 0,
+                'signals': 0, 'signal_queue': 0, 'status': status, 'rss': rss, 'vsz': vsz,
+                'running_time': int(total['busy'] * 1e6), 'last_spawn': int(time.time() - time.monotonic() + child.born),
+                'respawn_count': 1, 'tx': int(total['bytes']),
+                'avg_rt': int(total['busy'] * 1e6 / requests) if requests else 0,
+                'apps': [{'id': 0, 'modifier1': 0, 'mountpoint': '', 'startup_time': 0, 'requests': requests,
+                          'exceptions': int(total['errors']), 'chdir': ''}],
+                'cores': [{'id': i, 'requests': int(row[REQUESTS]), 'static_requests': 0, 'routed_requests': 0,
+                           'offloaded_requests': 0, 'write_errors': 0, 'read_errors': 0, 'in_request': int(row[STARTED] > 0),
+                           'vars': [], 'req_info': {}} for i, row in enumerate(numbers)]}
+
+    def json(self):
+        import json
+        queues = [queue(listener) for listener in self.master.listeners]
+        return json.dumps({
+            'version': __version__, 'listen_queue': sum(waiting for waiting, _ in queues), 'listen_queue_errors': 0,
+            'signal_queue': 0, 'load': sum(waiting for waiting, _ in queues), 'pid': os.getpid(), 'uid': os.getuid(),
+            'gid': os.getgid(), 'cwd': os.getcwd(), 'locks': [],
+            'sockets': [{'name': listener.name, 'proto': listener.protocol, 'queue': waiting, 'max_queue': most, 'shared': 0,
+                         'can_offload': 1} for listener, (waiting, most) in zip(self.master.listeners, queues)],
+            'workers': [self.worker(child) for child in sorted(self.master.children.values(), key=lambda c: c.number)],
+        }, indent='\t').encode()
+
+    def metrics(self):
+        lines = []
+        workers = [self.worker(child) for child in self.master.children.values()]
+        for name, kind, key in (('requests_total', 'counter', 'requests'), ('errors_total', 'counter', 'exceptions'),
+                                ('sent_bytes_total', 'counter', 'tx'), ('rss_bytes', 'gauge', 'rss'),
+                                ('busy', 'gauge', 'status')):
+            lines.append(f'# TYPE minuwsgi_worker_{name} {kind}')
+            lines += [f'minuwsgi_worker_{name}{{worker="{w["id"]}"}} {int(w[key] == "busy") if key == "status" else w[key]}'
+                      for w in workers]
+        lines.append('# TYPE minuwsgi_listen_queue gauge')
+        lines += [f'minuwsgi_listen_queue{{socket="{listener.name}"}} {queue(listener)[0]}' for listener in self.master.listeners]
+        lines += ['# TYPE minuwsgi_worker_deaths_total counter', f'minuwsgi_worker_deaths_total {self.master.deaths}', '']
+        return '\n'.join(lines).encode()
+
+
+notify = Notify()
+
 SETTLED = 1.0                           # seconds after which a program counts as ready
 
 
@@ -2597,55 +2965,75 @@ class Child:
         self.old = rows is None                         # from before the reload: to be replaced
         self.kill_at = self.stop_at = math.inf          # deadlines: SIGKILL; repeat the stop
         self.stop_with = None                           # the signal that told it to stop
+        self.why_killed = ''
 
     def is_ready(self):
-        return self.rows is None or 0 < self.rows[0].numbers[READY] <= time.monotonic()
+        return self.old or 0 < self.rows[0].numbers[READY] <= time.monotonic()
 
     def must_go(self):
         return self.old or bool(self.rows[0].numbers[LEAVING])
 
-    def request(self, now):
-        """What it is doing: 'GET /path for 41 ms', or ''."""
-        busy = [row for row in self.rows or () if row.numbers[STARTED]]
-        return ', '.join(f'{row.request()} for {(now - row.numbers[STARTED]) * 1000:.0f} ms' for row in busy)
+    def busy(self):
+        """The rows of the cores that are serving."""
+        return [row for row in self.rows or () if row.numbers[STARTED]]
+
+    def doing(self, now):
+        """'GET /path for 41 ms', or '' when it is idle."""
+        return ', '.join(f'{row.request()} for {(now - row.numbers[STARTED]) * 1000:.0f} ms' for row in self.busy())
+
+    def answered(self):
+        return sum(int(row.numbers[REQUESTS]) for row in self.rows or ())
 
 
 class Master:
-    def __init__(self, config, listeners, application, arguments, start):
+    """The process that owns the sockets, and keeps the workers that there should be."""
+
+    def __init__(self, config, listeners, application, pidfile, start, signals):
         self.config, self.listeners, self.application = config, listeners, application
-        self.arguments, self.start = arguments, start   # for the reload: the command line, and where it was given
+        self.pidfile, self.start, self.signals = pidfile, start, signals
         self.children = {}                              # pid -> Child
         self.command = worker_command(config)
         self.free = [[Row() for _ in range(config.threads)] for _ in range(2 * config.processes + 2)]
         self.total = memoryview(mmap.mmap(-1, 4096)).cast('Q')
+        self.wanted = config.processes                  # how many workers there should be now
+        if 0 < config.cheaper < config.processes:
+            self.wanted = min(max(config.cheaper, config.cheaper_initial), config.processes)
+        self.calm, self.last_busy = 0, time.monotonic()
         self.stopping = 0                               # how often we were told to
         self.proof = None                               # the pid of the child that tries a reload
-        self.reload_wanted = False
+        self.reload_wanted = self.stuck = False         # stuck: after a reload that failed half-way
         self.ever_ready = self.announced = False
         self.failures, self.not_before = 0, 0.0         # deaths in a row, and the end of the back-off
         self.exit_code = 0
+        self.deaths = 0
         self.oom_kills = oom_kills()
+        self.touched = [*config.touch_reload, *config.touch_chain_reload]
+        self.mtimes = list(map(mtime, self.touched))
+        self.tick = math.inf                            # when look_round() is due
+        if self.wanted < config.processes or self.touched or config.log_maxsize or config.idle or notify.watchdog \
+                or self.command and config.reload_on_rss:
+            self.tick = 0
+        self.stats = Stats(self) if config.stats else None
 
     def run(self):
-        self.signals, self.wake = os.pipe()
-        os.set_blocking(self.signals, False)
-        os.set_blocking(self.wake, False)
-        signal.set_wakeup_fd(self.wake, warn_on_full_buffer=False)
-        for number in SIGNALS:
-            signal.signal(number, lambda *_: None)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        """Converge, sleep, and again; the exit code."""
         while True:
             self.converge()
             if self.stopping and not self.children:
                 break
             deadline = self.next_deadline()
             timeout = None if deadline == math.inf else max(0, deadline - time.monotonic())
-            if select.select([self.signals], [], [], timeout)[0]:
-                for number in os.read(self.signals, 4096):
+            wait = [self.signals.fd, *(self.stats.descriptors() if self.stats else ())]
+            for fd in select.select(wait, [], [], timeout)[0]:
+                if fd != self.signals.fd:
+                    self.stats.serve(fd)
+                    continue
+                for number in self.signals.read():
                     self.on_signal(number)
-        for listener in self.listeners:
-            if self.config.vacuum:
-                listener.vacuum()
+        if self.config.vacuum:
+            for owned in (*self.listeners, self.pidfile, self.stats):
+                if owned is not None:
+                    owned.vacuum()
         return self.exit_code
 
     def on_signal(self, number):
@@ -2658,22 +3046,22 @@ class Master:
             self.stop()
         elif number == signal.SIGHUP and not self.stopping:
             self.reload_wanted = True
-        elif number == signal.SIGUSR1 and self.config.logto:
-            open_log(self.config.logto)
-            self.tell_all(signal.SIGUSR1)
-        elif number == signal.SIGUSR2:
-            self.tell_all(signal.SIGUSR2)
+        elif number in (signal.SIGUSR1, signal.SIGUSR2):
+            if number == signal.SIGUSR1:
+                reopen_log(self.config)
+            self.tell_all(number)
 
     def stop(self):
         self.stopping += 1
+        now = time.monotonic()
+        waited = [f'worker {c.number} busy with {c.doing(now)}' for c in self.children.values() if c.busy()]
         for child in self.children.values():
             if self.stopping > 1:
                 child.kill_at = 0
             else:
                 self.tell_to_stop(child, signal.SIGTERM)
-        now = time.monotonic()
-        waited = [f'worker {c.number} ({c.request(now)})' for c in self.children.values() if c.request(now)]
-        log('stopping' + (' at once' if self.stopping > 1 else f", waiting for {', '.join(waited)}" if waited else ''))
+        log('stopping at once' if self.stopping > 1 else 'stopping' + ''.join(f'; {text}' for text in waited))
+        notify('STOPPING=1')
 
     def tell_all(self, number):
         for pid, child in self.children.items():
@@ -2685,8 +3073,9 @@ class Master:
     def tell_to_stop(self, child, number):
         """Ask a worker to end; repeat it, since the first may come just before its accept()."""
         now = time.monotonic()
-        if child.stop_with is None:
+        if child.kill_at == math.inf:
             child.kill_at = now + self.config.worker_reload_mercy
+            child.why_killed = f'it had {self.config.worker_reload_mercy} s to finish'
         child.stop_with, child.stop_at = number, now + 0.1
         try:
             os.kill(child.pid, number)
@@ -2698,30 +3087,114 @@ class Master:
     def converge(self):
         self.reap()
         now = time.monotonic()
+        self.keep_deadlines(now)
+        if self.stopping or self.stuck and not self.reload_wanted:
+            return
+        if now >= self.tick:
+            self.look_round(now)
+        self.replace_workers(now)
+        if self.reload_wanted and self.proof is None and (self.stuck or not any(
+                child.old and not child.stop_with for child in self.children.values())):
+            self.try_reload()
+        serving = [child for child in self.children.values() if not child.stop_with]
+        if not self.announced and serving and all(child.is_ready() and not child.old for child in serving):
+            self.announced = True
+            many = '1 worker' if len(serving) == 1 else f'{len(serving)} workers'
+            log(f'ready: {many}' + (f' with {self.config.threads} threads each' if self.config.threads > 1 else ''))
+            notify(f'READY=1\nSTATUS=ready, {many}')
+            self.start.tell_parent()
+
+    def keep_deadlines(self, now):
+        """What is overdue: a worker that was told to stop, a request beyond harakiri."""
         for child in self.children.values():
             if now >= child.kill_at:
-                if self.stopping < 2:
-                    log(f'worker {child.number} (pid {child.pid}) had {self.config.worker_reload_mercy} s to finish: '
-                        f'killed{child.request(now) and " at "}{child.request(now)}')
+                doing = child.doing(now)
+                log(f'worker {child.number} (pid {child.pid}) is killed: {child.why_killed or "stopping at once"}'
+                    + (f', at {doing}' if doing else ''))
                 child.kill_at = now + 1
+                child.stop_with = child.stop_with or signal.SIGKILL
                 os.kill(child.pid, signal.SIGKILL)
             elif now >= child.stop_at:
                 self.tell_to_stop(child, child.stop_with)
-        if self.stopping:
-            return
-        self.replace_workers(now)
-        if self.reload_wanted and self.proof is None and not any(child.old for child in self.children.values()):
-            self.try_reload()
-        if not self.announced and self.children and all(
-                child.is_ready() and not child.old for child in self.children.values()):
-            self.announced = True
-            log(f"ready: {'1 worker' if self.config.processes == 1 else f'{self.config.processes} workers'}"
-                + (f' with {self.config.threads} threads' if self.config.threads > 1 else ''))
+            elif self.config.harakiri and child.kill_at == math.inf:
+                since = min((row.numbers[STARTED] for row in child.busy()), default=math.inf)
+                if now >= since + self.config.harakiri:         # it has a second to tell where it is
+                    os.kill(child.pid, signal.SIGALRM)
+                    child.kill_at, child.why_killed = now + 1, f'harakiri = {self.config.harakiri}'
+            lifetime = self.config.max_worker_lifetime
+            if lifetime and child.rows and now >= self.end_of_life(child) and not child.must_go():
+                log(f'worker {child.number} (pid {child.pid}) leaves: max-worker-lifetime')
+                child.rows[0].numbers[LEAVING] = 1
+
+    def end_of_life(self, child):
+        config = self.config
+        return child.born + config.max_worker_lifetime + (child.number - 1) * config.max_worker_lifetime_delta
+
+    def next_deadline(self):
+        now = time.monotonic()
+        deadlines = [self.tick] if not self.stopping else []
+        for child in self.children.values():
+            deadlines += child.kill_at, child.stop_at
+            if self.config.harakiri and child.kill_at == math.inf:      # no request can be overdue before that
+                deadlines.append(min((row.numbers[STARTED] for row in child.busy()), default=now) + self.config.harakiri)
+            if not child.is_ready() and child.rows[0].numbers[READY]:
+                deadlines.append(child.rows[0].numbers[READY])
+            if self.config.max_worker_lifetime and child.rows and not child.must_go():
+                deadlines.append(self.end_of_life(child))
+        if now < self.not_before and not self.stopping:
+            deadlines.append(self.not_before)
+        return min(deadlines, default=math.inf)
+
+    def look_round(self, now):
+        """Every half second, if an option needs it: the load, touched files, the log's size."""
+        self.tick = now + 0.5
+        mtimes = list(map(mtime, self.touched))
+        if mtimes != self.mtimes:
+            self.mtimes, self.reload_wanted = mtimes, True
+        if self.config.log_maxsize:
+            rotate_log(self.config)
+        notify.watch()
+        serving = [child for child in self.children.values() if not child.stop_with and child.is_ready()]
+        busy = sum(len(child.busy()) == self.config.threads for child in serving)
+        if busy:
+            self.last_busy = now
+        if 0 < self.config.cheaper < self.config.processes and len(serving) >= self.wanted:
+            self.scale(busy, len(serving))
+        if self.command and self.config.reload_on_rss:
+            self.weigh_programs()
+        if self.config.idle and not self.command and now - self.last_busy > self.config.idle and not busy:
+            self.rest()
+
+    def weigh_programs(self):
+        """reload-on-rss for programs that don't know of it."""
+        for child in self.children.values():
+            with contextlib.suppress(OSError), open(f'/proc/{child.pid}/statm') as file:
+                rss = int(file.read().split()[1]) * mmap.PAGESIZE >> 20
+                if rss >= self.config.reload_on_rss and not child.must_go():
+                    log(f'worker {child.number} (pid {child.pid}) leaves: reload-on-rss, it has {rss} MB')
+                    child.rows[0].numbers[LEAVING] = 1
+
+    def scale(self, busy, there):
+        """cheaper: one step more when all workers are busy or requests wait, one less after calm seconds."""
+        waiting = sum(queue(listener)[0] for listener in self.listeners)
+        backlog = self.command or self.config.cheaper_algo == 'backlog'         # whether a program is busy isn't known
+        loaded = waiting > self.config.cheaper_overload if backlog else busy == there
+        before = self.wanted
+        if loaded or waiting and busy == there:
+            self.calm, self.wanted = 0, min(self.config.processes, self.wanted + self.config.cheaper_step)
+        elif busy + 1 < there:
+            self.calm += 1
+            if self.calm > 2 * self.config.cheaper_overload:
+                self.calm, self.wanted = 0, max(self.config.cheaper, self.wanted - 1)
+        if self.wanted != before:
+            log(f'cheaper: {busy} of {there} workers are busy, {waiting} connections wait: {self.wanted} workers')
 
     def replace_workers(self, now):
         """Spawn what is missing, and one after the other a successor for each worker that must go."""
+        if self.stuck:
+            return
         starting = any(not child.is_ready() for child in self.children.values())
-        for number in range(1, self.config.processes + 1):
+        for number in range(1, self.wanted + 1):
             mine = [child for child in self.children.values() if child.number == number and not child.stop_with]
             fresh = [child for child in mine if not child.must_go()]
             stale = [child for child in mine if child.must_go()]
@@ -2731,16 +3204,9 @@ class Master:
             elif fresh and fresh[0].is_ready():
                 for child in stale:
                     self.tell_to_stop(child, child.retire)
-        for child in self.children.values():            # the new configuration has fewer workers
-            if child.number > self.config.processes and not child.stop_with and not starting:
+        for child in self.children.values():
+            if child.number > self.wanted and not child.stop_with and not starting:
                 self.tell_to_stop(child, child.retire)
-
-    def next_deadline(self):
-        deadlines = [min(child.kill_at, child.stop_at) for child in self.children.values()]
-        deadlines += [child.rows[0].numbers[READY] for child in self.children.values() if not child.is_ready()
-                      and child.rows[0].numbers[READY]]
-        missing = self.not_before > time.monotonic() and not self.stopping
-        return min(deadlines + [self.not_before] * missing, default=math.inf)
 
     def spawn(self, number):
         """fork(), and all that belongs to it. The signals are blocked meanwhile: a signal to the young
@@ -2749,9 +3215,10 @@ class Master:
         for row in rows:
             row.clear()
         lifeline, hold = os.pipe()
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         master = os.getpid()
-        sys.stdout.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        for stream in sys.stdout, sys.stderr:
+            stream.flush()
         pid = os.fork()
         if pid:
             os.close(lifeline)
@@ -2763,6 +3230,8 @@ class Master:
         try:
             os.close(hold)
             status = self.become_worker(number, rows, lifeline, master)
+        except SystemExit as error:
+            status = error.code if type(error.code) is int else 1
         except BaseException:
             log_exception(f'worker {number} failed')
         finally:
@@ -2771,18 +3240,20 @@ class Master:
     def become_worker(self, number, rows, lifeline, master):
         """In the child: let go of what is the master's, load the application if it wasn't, serve."""
         import fcntl
-        signal.set_wakeup_fd(-1)
-        for fd in (self.signals, self.wake, *(child.lifeline for child in self.children.values())):
+        self.signals.close()
+        for fd in (child.lifeline for child in self.children.values()):
             os.close(fd)
+        for owned in self.pidfile, self.stats:
+            if owned is not None:
+                owned.close()
+        name_process(self.config, f'worker {number}')
         if self.command:                                # it can't say when it is ready: when it has lived for a while
             rows[0].numbers[READY] = time.monotonic() + SETTLED
             os.kill(master, signal.SIGCHLD)
             become(self.command, [listener.socket for listener in self.listeners])
             return EXIT_NO_APP
         worker = Worker(self.config, self.listeners, self.application, rows, self.total, number, master)
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGQUIT else worker.on_other_signal)
-        signal.signal(signal.SIGIO, worker.on_stop)
+        worker.handle_signals()
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
@@ -2797,10 +3268,10 @@ class Master:
         return 0
 
     def reap(self):
-        """Take note of all children that ended."""
+        """Take note of all children that ended; as pid 1 of a container there are strangers among them."""
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
                 return
             if not pid:
@@ -2809,30 +3280,32 @@ class Master:
             if pid == self.proof:
                 self.after_proof(code)
             elif pid in self.children:
-                self.bury(self.children.pop(pid), code)
+                self.bury(self.children.pop(pid), code, usage.ru_maxrss // 1024)
 
-    def bury(self, child, code):
+    def bury(self, child, code, rss):
         """A worker ended: say why if nobody asked it to, and slow down if that comes again and again."""
         now = time.monotonic()
         os.close(child.lifeline)
-        self.ever_ready = self.ever_ready or any(c.is_ready() for c in (child, *self.children.values()))
-        request, idle = child.request(now), child.rows is not None and not child.rows[0].numbers[REQUESTS]
+        ready, doing, answered = child.is_ready(), child.doing(now), child.answered()
+        self.ever_ready = self.ever_ready or ready
         if self.command:
-            idle = not child.is_ready()
+            answered = ready
         if child.rows is not None:
             self.free.append(child.rows)
-        if child.stop_with:
+        if child.stop_with and (code in (0, -child.stop_with) or self.stopping or child.stop_with == signal.SIGKILL):
             return
-        if not self.ever_ready and (code == EXIT_NO_APP or self.command and code):
+        if not self.ever_ready and not any(other.old for other in self.children.values()) and (
+                code == EXIT_NO_APP or self.command and code):
             if self.command:
                 log(f'minuwsgi: {self.command[0]} ended before it was ready: {self.describe_exit(code)}')
-            self.exit_code, self.stopping = EXIT_NO_APP, 2
+            self.exit_code, self.stopping = EXIT_NO_APP, 2      # no use in trying again; a supervisor must see it
             for other in self.children.values():
                 other.kill_at = 0
             return
+        self.deaths += 1
         log(f'worker {child.number} (pid {child.pid}) died: {self.describe_exit(code)}'
-            + (f', at {request}' if request else '' if self.command else ', while idle'))
-        self.failures = self.failures + 1 if idle and not request else 0
+            + (f', at {doing}' if doing else ', while idle' if ready else ', before it was ready') + f', peak rss {rss} MB')
+        self.failures = 0 if answered or doing else self.failures + 1
         if self.failures:
             delay = min(30, 0.5 * 2 ** (self.failures - 1))
             self.not_before = now + delay
@@ -2844,7 +3317,8 @@ class Master:
         kills = oom_kills()
         memory = code == -signal.SIGKILL and kills > self.oom_kills
         self.oom_kills = kills
-        return f"{signal.Signals(-code).name}{', by the OOM killer of the kernel: memory is short' if memory else ''}"
+        name = signal.Signals(-code).name
+        return f"{name}, {'by the OOM killer of the kernel: memory is short' if memory else 'not sent by us'}"
 
     # -- reload
 
@@ -2852,10 +3326,10 @@ class Master:
         """First the proof: a child does what --check does."""
         self.reload_wanted = False
         log('reload: trying the new configuration and application')
-        self.start.restore()
-        self.proof = os.posix_spawn(sys.executable, [*self.start.command, '--check'], self.start.environment,
-                                    setsigmask=(), setsigdef=SIGNALS)
-        self.start.back()
+        notify(f'RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}\nSTATUS=reloading')
+        with self.start.as_then():
+            self.proof = os.posix_spawn(sys.executable, [*self.start.command, '--check'], self.start.environment,
+                                        setsigmask=(), setsigdef=SIGNALS)
 
     def after_proof(self, code):
         self.proof = None
@@ -2863,17 +3337,19 @@ class Master:
             return
         if code:
             log('reload: failed, see above; the old code goes on serving')
+            notify('READY=1\nSTATUS=the last reload failed, the old code is serving')
             return
+        import json
         state = {'sockets': [(listener.address, listener.protocol, listener.socket.fileno(), listener.inode)
                              for listener in self.listeners],
-                 'workers': [(child.pid, child.number, child.lifeline, child.retire)
-                             for child in self.children.values()]}
-        import json
+                 'workers': [(child.pid, child.number, child.lifeline, child.retire) for child in self.children.values()],
+                 'pidfile': self.pidfile and self.pidfile.fd, 'again': self.reload_wanted}
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
-        for fd in [socket[2] for socket in state['sockets']] + [worker[2] for worker in state['workers']]:
-            os.set_inheritable(fd, True)
-        self.start.restore()
-        os.execve(sys.executable, self.start.command, {**self.start.environment, RELOADED: json.dumps(state)})
+        for fd in (*(entry[2] for entry in state['sockets'] + state['workers']), state['pidfile']):
+            if fd is not None:
+                os.set_inheritable(fd, True)
+        with self.start.as_then():
+            os.execve(sys.executable, self.start.command, {**self.start.environment, RELOADED: json.dumps(state)})
 
     def adopt(self, workers):
         """After the exec: the workers of the old image are still our children."""
@@ -2882,28 +3358,15 @@ class Master:
             self.children[pid] = Child(pid, number, None, lifeline, retire)
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
-           signal.SIGCHLD)
-
-
-def oom_kills():
-    """How many processes the kernel has killed for want of memory, see proc(5)."""
-    try:
-        with open('/proc/vmstat') as file:
-            return next((int(line.split()[1]) for line in file if line.startswith('oom_kill ')), 0)
-    except OSError:
-        return 0
-
-
 def load_or_log(config):
     """The application, or None after its traceback was logged."""
     try:
         return load_application(config)
     except AppError as error:
         log(f'minuwsgi: {error}')
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
+    except Stopped:
+        raise
+    except BaseException:
         log_exception('minuwsgi: the application failed to load')
     return None
 
@@ -2948,14 +3411,43 @@ class Start:
         before = original[1:-len(sys.argv)] if original else []
         self.command = [sys.executable, *before, os.path.abspath(sys.argv[0]), *arguments]
         self.directory = os.open('.', os.O_RDONLY)
+        self.parent = None
 
-    def restore(self):
-        self.here = os.open('.', os.O_RDONLY)
+    @contextlib.contextmanager
+    def as_then(self):
+        """In the directory where it was started."""
+        here = os.open('.', os.O_RDONLY)
         os.fchdir(self.directory)
+        yield
+        os.fchdir(here)
+        os.close(here)
 
-    def back(self):
-        os.fchdir(self.here)
-        os.close(self.here)
+    def daemonize(self, name):
+        """Go on in the background. The process in front waits until the workers are ready; if they never
+        are, it shows the log and ends with the server's exit code."""
+        wait, self.parent = os.pipe()
+        at = os.path.getsize(name) if os.path.exists(name) else 0
+        pid = os.fork()
+        if not pid:
+            os.close(wait)
+            os.setsid()
+            os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+            open_log(name)
+            return
+        os.close(self.parent)
+        if os.read(wait, 1):
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with contextlib.suppress(OSError), open(name, 'rb') as file:
+            file.seek(at)
+            os.write(2, file.read())
+        os._exit(code if code > 0 else 1)
+
+    def tell_parent(self):
+        if self.parent is not None:
+            os.write(self.parent, b'.')
+            os.close(self.parent)
+            self.parent = None
 
 
 def curl(address, path='/'):
@@ -3013,19 +3505,64 @@ def enter_virtualenv(directory):
     os.execv(python, [python, os.path.abspath(sys.argv[0]), *sys.argv[1:]])
 
 
-def bind(config, inherited):
-    """All listeners; inherited: [(address, protocol, descriptor, inode)] from before a reload."""
+def activated():
+    """{address: descriptor} of the sockets that systemd has bound for us, see sd_listen_fds(3)."""
+    found = {}
+    if os.environ.get('LISTEN_PID') == str(os.getpid()):
+        for fd in range(3, 3 + int(os.environ.get('LISTEN_FDS', '0'))):
+            with socket.socket(fileno=os.dup(fd)) as listener:
+                name = listener.getsockname()
+            found[name if type(name) is str else '%s:%d' % name[:2]] = fd
+    return found
+
+
+def bind(config, inherited, listeners):
+    """Fill the list of listeners; inherited: [(address, protocol, descriptor, inode)] from before a reload."""
     kept = {(address, protocol): (fd, inode) for address, protocol, fd, inode in inherited}
-    listeners = []
+    given = activated()
     wanted = [(a, 'uwsgi') for a in config.socket] + [(a, 'http') for a in config.http_socket]
     for address, protocol in dict.fromkeys(wanted):
-        fd, inode = kept.pop((address, protocol), (None, None))
-        listeners.append(Listener(address, protocol, config, fd, tuple(inode) if inode else None))
+        name = '0.0.0.0' + address if address[:1] == ':' else address
+        fd, inode = kept.pop((address, protocol), None) or (given.pop(name, None), None)
+        listeners.append(Listener(address, protocol, config, fd, inode))
+    for fd in given.values():                           # named by systemd alone
+        fd, _ = kept.pop((f'fd://{fd}', 'uwsgi'), (fd, None))
+        listeners.append(Listener(f'fd://{fd}', 'uwsgi', config, fd))
     for (address, protocol), (fd, inode) in kept.items():           # the new configuration has it no more
-        Listener(address, protocol, config, fd, tuple(inode) if inode else None).vacuum()
+        Listener(address, protocol, config, fd, inode).vacuum()
+    if config.listen > LISTEN_MAX:
+        log(f'listen = {config.listen}: the kernel allows {LISTEN_MAX}; for more: sysctl net.core.somaxconn={config.listen}')
     if not listeners:
         raise ConfigError('no socket is named: set socket = PATH or http-socket = :8000')
-    return listeners
+
+
+class Pidfile:
+    """The file with the master's pid, locked while the master lives: a stale one is no obstacle."""
+
+    def __init__(self, path, fd=None):
+        import fcntl
+        self.path = os.path.abspath(path)
+        try:
+            self.fd = fd if fd is not None else os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            os.set_inheritable(self.fd, False)
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(self.fd, 20, 0).decode().strip()
+            raise ConfigError(f'pidfile = {path}: a server with the pid {pid} holds it; stop it first') from None
+        except OSError as error:
+            raise ConfigError(f"pidfile = {path}: can't write it: {error.strerror}") from None
+        os.ftruncate(self.fd, 0)
+        os.pwrite(self.fd, b'%d\n' % os.getpid(), 0)
+
+    def close(self):
+        os.close(self.fd)
+
+    def vacuum(self):
+        try:
+            if os.path.samestat(os.stat(self.path), os.fstat(self.fd)):
+                os.unlink(self.path)
+        except OSError:
+            pass
 
 
 def drop_privileges(config):
@@ -3056,24 +3593,58 @@ def drop_privileges(config):
 def serve(config, start):
     """Bind, load, fork, wait: the server. Its exit code."""
     import json
-    inherited = json.loads(os.environ.pop(RELOADED, '{"sockets": [], "workers": []}'))
-    log(f"minuwsgi {__version__}, Python {sys.version.split()[0]}, pid {os.getpid()}{', reloaded' * bool(inherited['workers'])}")
-    prepare(config)
-    listeners = bind(config, inherited['sockets'])
-    log('listening on ' + ', '.join(f'{listener.name} ({listener.protocol})' for listener in listeners))
-    drop_privileges(config)
-    application = None
-    if not config.lazy_apps or not config.master:
-        application = load_or_log(config)
-        if application is None:
-            return EXIT_NO_APP
+    state = json.loads(os.environ.pop(RELOADED, '{"sockets": [], "workers": [], "pidfile": null, "again": false}'))
+    for name in 'NOTIFY_SOCKET', 'WATCHDOG_USEC':       # not for the application, and what it starts
+        os.environ.pop(name, None)
+    if config.daemonize and not state['workers']:
+        start.daemonize(config.logto)
+    elif config.logto:
+        open_log(config.logto)
+    signals, owned = Signals(), []
+    reloaded = ', reloaded' if state['workers'] else ''
+    log(f"minuwsgi {__version__}, Python {sys.version.split()[0]}, pid {os.getpid()}{reloaded}")
+    application, stuck = None, False
+    try:
+        pidfile = config.pidfile and os.path.abspath(config.pidfile)        # before chdir, as in uWSGI
+        prepare(config)
+        bind(config, state['sockets'], owned)
+        pidfile = Pidfile(pidfile, state['pidfile']) if pidfile else None
+        log('listening on ' + ', '.join(f'{listener.name} ({listener.protocol})' for listener in owned))
+        drop_privileges(config)
+        if not config.lazy_apps or not config.master:
+            application = load_or_log(config)
+            stuck = application is None
+    except ConfigError as error:
+        if not reloaded:
+            vacuum(config, owned)
+            raise
+        log(f'minuwsgi: {error}')
+        pidfile, stuck = None, True
+    except Stopped:
+        log('stopped while starting')
+        vacuum(config, owned)
+        return 0
+    if stuck and not reloaded:
+        vacuum(config, owned)
+        return EXIT_NO_APP
+    if stuck:
+        log('reload: failed, see above; the old workers go on serving, none can be replaced until the next reload')
     if not config.master:
-        return serve_alone(config, listeners, application)
+        return serve_alone(config, owned, application)
+    look_before_fork()
     gc.collect()
     gc.freeze()                                         # the workers' collections leave the shared pages alone
-    master = Master(config, listeners, application, None, start)
-    master.adopt(inherited['workers'])
+    name_process(config, 'master')
+    signals.from_now_on()
+    master = Master(config, owned, application, pidfile, start, signals)
+    master.stuck, master.reload_wanted = stuck, state['again']
+    master.adopt(state['workers'])
     return master.run()
+
+
+def vacuum(config, listeners):
+    for listener in listeners if config.vacuum else ():
+        listener.vacuum()
 
 
 def serve_alone(config, listeners, application):
@@ -3083,12 +3654,29 @@ def serve_alone(config, listeners, application):
         become(application, [listener.socket for listener in listeners])
         return EXIT_NO_APP
     worker = Worker(config, listeners, application, rows, memoryview(bytearray(8)).cast('Q'), 1, None)
+    worker.handle_signals()
     signal.signal(signal.SIGINT, worker.on_stop)
+    log('ready: this process serves, without a master')
     worker.run()
-    for listener in listeners:
-        if config.vacuum:
-            listener.vacuum()
+    finish_process()
+    vacuum(config, listeners)
     return 0
+
+
+def send_signal(what, name=''):
+    """--stop, --reload PIDFILE."""
+    import fcntl
+    try:
+        with open(name) as file:
+            pid = int(file.read())
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.kill(pid, signal.SIGTERM if what == '--stop' else signal.SIGHUP)
+                return 0
+    except (OSError, ValueError) as error:
+        raise ConfigError(f'{what} {name}: {getattr(error, "strerror", None) or "there is no pid in it"}') from None
+    raise ConfigError(f'{what} {name}: the server with the pid {pid} does not run any more')
 
 
 def main(arguments):
@@ -3103,6 +3691,8 @@ def main(arguments):
         if arguments[0] == '--curl':
             curl(*arguments[1:3])
             return 0
+        if arguments[0] in ('--stop', '--reload'):
+            return send_signal(*arguments[:2])
         start = Start(arguments)
         config = load_config(arguments)
         for warning in config.warnings:

@@ -29,7 +29,7 @@ MINUWSGI = HERE / 'minuwsgi.py'
 sys.path.insert(0, str(HERE))
 import minuwsgi                                                             # noqa: E402
 
-PATIENCE = 20                           # seconds after which an event that doesn't come is a failure
+PATIENCE = float(os.environ.get('MINUWSGI_PATIENCE', 20))     # seconds after which an event that doesn't come is a failure
 
 HELLO = '''
 def application(environ, start_response):
@@ -246,6 +246,41 @@ def start(tmp):
         server.end()
 
 
+@pytest.fixture(scope='module')
+def shared():
+    """shared(app) is a server that all tests of the module with the same application use."""
+    servers = {}
+
+    def shared(app, ini='', http=True):
+        if (app, ini) not in servers:
+            directory = pathlib.Path(tempfile.mkdtemp(prefix='mu'))
+            (directory / 'app.py').write_text(app)
+            port = free_port()
+            (directory / 'app.ini').write_text(f'[uwsgi]\nsocket = s\nhttp-socket = 127.0.0.1:{port}\nmodule = app\n{ini}\n')
+            servers[app, ini] = Server(directory, ['app.ini'])
+            servers[app, ini].http = '127.0.0.1', port
+        return servers[app, ini].ready()
+    yield shared
+    for server in servers.values():
+        server.end()
+        shutil.rmtree(server.directory)
+
+
+@pytest.fixture
+def apps(shared):
+    """A server with the applications of APPS, one for each path."""
+    return shared(APPS)
+
+
+@pytest.fixture(scope='module')
+def big_file():
+    """A file of 30 MB."""
+    with tempfile.TemporaryDirectory(prefix='mu') as name:
+        path = pathlib.Path(name, 'big')
+        path.write_bytes(os.urandom(1000000) * 30)
+        yield path
+
+
 def run(tmp, *arguments, **options):
     """Run minuwsgi to its end: (exit code, its output)."""
     done = subprocess.run([sys.executable, str(MINUWSGI), *map(str, arguments)], cwd=tmp, text=True, timeout=PATIENCE,
@@ -258,6 +293,579 @@ def test_the_tools_work(start):
     assert server.ask('/abc').text == '/abc'
     assert server.get('/abc').text[3:7] == '/abc'
     assert server.stop() == 0
+
+
+# ---------------------------------------------------------------------------------------------
+# 3. Sockets
+
+class TestSockets:
+    """A socket has the mode and the owner that were asked for, and nobody else's is touched."""
+
+    @pytest.mark.parametrize('ini, mode', [
+        ('', 0o660), ('chmod-socket = 600', 0o600), ('chmod-socket = 0666', 0o666), ('chmod-socket', 0o666),
+        ('umask = 077\nchmod-socket = 664', 0o664)])
+    def test_the_mode_is_exact_from_the_first_moment(self, start, ini, mode):
+        server = start(ini=ini)
+        assert os.stat(server.socket).st_mode & 0o777 == mode
+
+    @pytest.mark.skipif(os.getuid() != 0, reason='needs root')
+    def test_the_owner_is_the_one_that_was_asked_for(self, start):
+        server = start(ini='chown-socket = nobody:daemon')
+        import grp
+        import pwd
+        stat = os.stat(server.socket)
+        assert (stat.st_uid, stat.st_gid) == (pwd.getpwnam('nobody').pw_uid, grp.getgrnam('daemon').gr_gid)
+
+    def test_several_sockets_at_once(self, start, tmp):
+        port, name = free_port(), f'@mu{os.getpid()}'
+        server = start(ini=f'socket = s\nsocket = {tmp}/t\nsocket = :{port}\nsocket = {name}', http=True)
+        for address in server.socket, str(tmp / 't'), ('127.0.0.1', port), '\0' + name[1:]:
+            assert ask(address).body == b'hello\n'
+        assert server.get().body == b'hello\n'
+
+    def test_ipv6(self, start):
+        port = free_port()
+        start(ini=f'http-socket = [::1]:{port}')
+        with socket.create_connection(('::1', port)) as connection:
+            connection.sendall(b'GET / HTTP/1.0\r\n\r\n')
+            assert read_all(connection).endswith(b'hello\n')
+
+    def test_a_stale_socket_is_taken_over(self, start, tmp):
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(tmp / 's'))
+        assert start().ask().body == b'hello\n'
+
+    def test_a_living_servers_socket_is_refused_with_its_pid(self, start, tmp):
+        server = start()
+        code, output = run(tmp, 'app.ini')
+        assert code == 1 and f'pid {server.pid} ' in output and 'another server listens there' in output
+        assert server.ask().body == b'hello\n'
+
+    @pytest.mark.parametrize('make', [
+        lambda path: path.write_text('precious'), lambda path: path.mkdir(), lambda path: path.symlink_to('elsewhere')])
+    def test_what_is_no_socket_is_never_removed(self, tmp, make):
+        make(tmp / 's')
+        code, output = run(tmp, '--socket', 's', '--module', 'minuwsgi:demo')
+        assert code == 1 and "isn't a socket" in output and os.path.lexists(tmp / 's')
+
+    def test_a_taken_port_is_an_error_in_words(self, start, tmp):
+        server = start(http=True)
+        code, output = run(tmp, '--http-socket', '%s:%d' % server.http, '--module', 'minuwsgi:demo')
+        assert code == 1 and f"can't bind 127.0.0.1:{server.http[1]}: Address already in use" in output
+
+    @pytest.mark.parametrize('address, words', [
+        ('nowhere/s', 'there is no directory'), ('x' * 120, 'longer than the 107 bytes'), ('127.0.0.1:http', 'is no port'),
+        ('256.1.1.1:80', "can't bind"), ('fd://99', "can't bind"), ('127.0.0.1:70000', 'is no port')])
+    def test_an_address_that_cannot_be_bound_is_told(self, tmp, address, words):
+        code, output = run(tmp, '--socket', address, '--module', 'minuwsgi:demo')
+        assert code == 1 and words in output and 'Traceback' not in output
+
+    def test_a_queue_longer_than_the_kernel_allows_is_one_warning(self, start):
+        most = int(pathlib.Path('/proc/sys/net/core/somaxconn').read_text())
+        server = start(ini=f'listen = {most + 1}')
+        assert server.log.count('net.core.somaxconn') == 1
+        assert server.ask().body == b'hello\n'
+
+    def test_vacuum_removes_the_socket_and_the_pidfile(self, start, tmp):
+        server = start(ini='vacuum = true\npidfile = p')
+        assert int((tmp / 'p').read_text()) == server.pid
+        assert server.stop() == 0
+        assert not os.path.exists(server.socket) and not (tmp / 'p').exists()
+
+    def test_without_vacuum_the_socket_stays(self, start):
+        server = start()
+        assert server.stop() == 0
+        assert os.path.exists(server.socket)
+
+    def test_vacuum_spares_a_socket_that_is_not_ours(self, start):
+        server = start(ini='vacuum = true')
+        os.unlink(server.socket)
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(server.socket)
+        assert server.stop() == 0
+        assert os.path.exists(server.socket)
+
+    def test_vacuum_after_a_reload_still_knows_its_socket(self, start):
+        server = start(ini='vacuum = true')
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        assert server.stop() == 0
+        assert not os.path.exists(server.socket)
+
+
+# ---------------------------------------------------------------------------------------------
+# 4. The uwsgi protocol
+
+def block(*items):
+    """Sizes and texts as they stand in a packet's block."""
+    return b''.join(len(item).to_bytes(2, 'little') + item for item in items)
+
+
+def frame(data, modifier1=0, size=None):
+    return bytes([modifier1]) + (len(data) if size is None else size).to_bytes(2, 'little') + b'\0' + data
+
+
+ENVIRON = '''
+def application(environ, start_response):
+    body = repr({k: v for k, v in environ.items() if type(v) is str}).encode()
+    start_response('200 OK', [('Content-Length', str(len(body)))])
+    return [body]
+'''
+
+
+class TestCodec:
+    """Packing and unpacking are each other's inverse, and nothing else passes."""
+
+    def test_a_packet_written_out_by_hand(self):
+        raw = b'\0\x0e\0\0' + b'\x03\0KEY' + b'\x01\0\xe9' + b'\x02\0A1' + b'\0\0'
+        assert minuwsgi.pack_request({'KEY': '\xe9', 'A1': ''}) == raw
+        assert minuwsgi.unpack_vars(raw[4:]) == [('KEY', '\xe9'), ('A1', '')]
+
+    def test_every_proper_prefix_is_refused(self):
+        raw = minuwsgi.pack_request({'KEY': 'value', 'OTHER': ''})[4:]
+        ends = {len(block(b'KEY', b'value')), 0}
+        for size in range(len(raw)):
+            if size not in ends:
+                with pytest.raises(minuwsgi.BadRequest):
+                    minuwsgi.unpack_vars(raw[:size])
+
+    def test_random_blocks_raise_nothing_else(self):
+        import random
+        chance = random.Random(4)
+        for _ in range(3000):
+            data = bytes(chance.choices(b'\0\1\2AB', k=chance.randrange(40)))
+            with contextlib.suppress(minuwsgi.BadRequest):
+                minuwsgi.unpack_vars(data)
+
+    def test_expected_reads_like_the_plain_reader(self):
+        """The guess from earlier packets never changes what a packet says."""
+        import random
+        chance = random.Random(5)
+        names = [*minuwsgi.CONSTANT, 'REQUEST_METHOD', 'QUERY_STRING', 'CONTENT_LENGTH', 'REQUEST_URI', 'HTTP_A', 'HTTP_B',
+                 'HTTP_COOKIE', 'HTTP_CONTENT_TYPE', 'PATH_INFO']
+        values = ['', 'GET', '/', 'x' * 300, 'http', 'on', '\xff\0']
+        row, expected = minuwsgi.Row(), minuwsgi.Expected({'base': 'x'})
+        common = [(name, values[i % 6]) for i, name in enumerate(names[:14])]
+        for i in range(4000):
+            items = list(common)
+            for _ in range(chance.choice((0, 0, 0, 1, 2))):
+                items[chance.randrange(len(items))] = chance.choice(names), chance.choice(values)
+            if chance.random() < 0.2:
+                chance.shuffle(items)
+            expected.countdown = chance.choice((0, 5))
+            data = frame(block(*(text.encode('latin-1') for item in items for text in item)))
+            if chance.random() < 0.1:
+                data = bytearray(data)
+                data[chance.randrange(4, len(data))] = chance.randrange(256)
+            row.memory[:len(data)] = bytes(data)
+            plain = read_plainly(bytes(data))
+            try:
+                found = read_by_plan(expected, row.memory, len(data))
+            except minuwsgi.BadRequest:
+                found = None
+            assert found == plain, (i, data)
+
+
+def read_plainly(data):
+    """What a packet means, by the plain reader; None for a bad one."""
+    try:
+        pairs = minuwsgi.unpack_vars(data[4:])
+    except minuwsgi.BadRequest:
+        return None
+    environ = {'base': 'x'}
+    for name, value in pairs:
+        if len(name) > 255:
+            return None
+        if name in environ and name.startswith('HTTP_'):
+            value = environ[name] + ('; ' if name == 'HTTP_COOKIE' else ', ') + value
+        environ[name] = value
+    for name in minuwsgi.UNWANTED:
+        environ.pop(name, None)
+    minuwsgi.set_scheme(environ)
+    return environ
+
+
+def read_by_plan(expected, memory, end):
+    """As Core.serve() does it."""
+    start, start_end, started, started_pieces, new, all_pieces, _ = expected.plan
+    text = memory[:end].decode('latin-1')
+    simple = text[4:start_end] == start
+    environ, pieces, at = (started(), started_pieces, start_end) if simple else (new(), all_pieces, 4)
+    for raw, size, name in pieces:
+        middle = at + size
+        if text[at:middle] != raw:
+            break
+        at = middle + 2 + memory[middle] + (memory[middle + 1] << 8)
+        environ[name] = text[middle + 2:at]
+    else:
+        raw = ''
+    if raw or at != end:
+        expected.rest(environ, memory, text, at, raw)
+    return environ
+
+
+BAD_PACKETS = {
+    'an empty request': (frame(b''), 'an empty request'),
+    'a size past the end': (frame(b'\x05\0AB'), 'do not add up'),
+    'a name without a value': (frame(block(b'KEY')), 'do not add up'),
+    'an empty name': (frame(block(b'', b'value')), 'without a name'),
+    'a name of 300 bytes': (frame(block(b'x' * 300, b'v')), 'more than 255'),
+    'one byte': (frame(b'x'), 'do not add up'),
+    'modifier 5': (frame(block(b'A', b'B'), 5), 'modifier1 is 5'),
+    'GET over HTTP': (b'GET / HTTP/1.1\r\nHost: x\r\n\r\n', 'use uwsgi_pass, not proxy_pass'),
+    'POST over HTTP': (b'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc', 'use uwsgi_pass, not proxy_pass'),
+    'OPTIONS over HTTP': (b'OPTIONS * HTTP/1.1\r\n\r\n', 'use uwsgi_pass, not proxy_pass'),
+    'a negative length': (packet(CONTENT_LENGTH='-5'), "Content-Length '-5'"),
+    'a length with a sign': (packet(CONTENT_LENGTH='+5') + b'abcde', "Content-Length '+5'"),
+    'a length with a blank': (packet(CONTENT_LENGTH=' 5') + b'abcde', "Content-Length ' 5'"),
+    'a length of 30 digits': (packet(CONTENT_LENGTH='9' * 30), 'Content-Length'),
+    'chunked without a length': (packet(HTTP_TRANSFER_ENCODING='chunked'), 'uwsgi_request_buffering'),
+}
+
+
+class TestUwsgi:
+    """A packet is read however it arrives; a bad one is answered in words."""
+
+    @pytest.mark.parametrize('name', BAD_PACKETS)
+    def test_a_bad_packet_gets_a_4xx_and_a_log_line_in_words(self, shared, name):
+        data, words = BAD_PACKETS[name]
+        server = shared(ENVIRON)
+        before = len(server.lines)
+        answer = Answer(exchange(server.socket, data))
+        assert answer.status.startswith('4') and words in answer.text
+        wait_until(lambda: any('bad request' in line and words in line for line in server.lines[before:]), words)
+        assert server.ask().status == '200 OK'
+
+    def test_byte_by_byte(self, shared):
+        data = packet('/some/path?query')
+        with connect(shared(ENVIRON).socket) as connection:
+            for i in range(len(data)):
+                connection.sendall(data[i:i + 1])
+            assert eval(Answer(read_all(connection)).body)['PATH_INFO'] == '/some/path'
+
+    @pytest.mark.parametrize('size', [0, 1, 3, 4, 5, 100])
+    def test_a_packet_that_ends_early_leaves_the_server_alone(self, shared, size):
+        server = shared(ENVIRON)
+        with connect(server.socket) as connection:
+            connection.sendall(packet()[:size])
+            connection.shutdown(socket.SHUT_WR)
+            assert read_all(connection) == b''
+        assert server.ask().status == '200 OK'
+
+    def test_a_silent_client_is_given_up_after_the_timeout(self, start):
+        server = start(ini='socket-timeout = 1')
+        with connect(server.socket) as silent:
+            silent.sendall(packet()[:50])
+            assert read_all(silent) == b''
+        assert 'too slow' in server.log
+        assert server.ask().body == b'hello\n'
+
+    def test_a_client_that_dribbles_has_the_timeout_in_all(self, start):
+        server = start(ini='socket-timeout = 1')
+        with connect(server.socket) as slow, pytest.raises((BrokenPipeError, AssertionError)):
+            slow.sendall(b'\0\xff\xff\0')
+            wait_until(lambda: slow.send(b'x') == 0, 'the end')
+        assert server.ask().body == b'hello\n'
+
+    def test_a_ping_is_answered(self, shared):
+        assert exchange(shared(ENVIRON).socket, b'\x64\0\0\0') == b'\x64\0\0\1'
+
+    def test_the_largest_packet(self, shared):
+        value = 'x' * (65535 - 1000)
+        answer = shared(ENVIRON).ask(HTTP_COOKIE=value)
+        assert eval(answer.body)['HTTP_COOKIE'] == value
+
+    def test_modifier_30_takes_the_script_name_off(self, shared):
+        data = bytearray(packet('/app/page', SCRIPT_NAME='/app'))
+        data[0] = 30
+        environ = eval(Answer(exchange(shared(ENVIRON).socket, bytes(data))).body)
+        assert (environ['SCRIPT_NAME'], environ['PATH_INFO']) == ('/app', '/page')
+
+    def test_curl_asks_any_uwsgi_server(self, shared, tmp):
+        code, output = run(tmp, '--curl', shared(ENVIRON).socket, '/a%20b?c')
+        assert code == 0 and output.startswith('HTTP/1.1 200 OK') and "'PATH_INFO': '/a b'" in output
+        code, output = run(tmp, '--curl', tmp / 'nothing')
+        assert code == 1 and "can't connect" in output
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. WSGI
+
+APPS = '''
+import io, os, sys, threading
+def application(environ, start_response):
+    return globals()[environ['PATH_INFO'].strip('/')](environ, start_response)
+
+def head(*headers, status='200 OK', start):
+    return start(status, list(headers))
+
+def hello(e, s):
+    s('200 OK', [('Content-Length', '6')]); return [b'hello\\n']
+def no_length(e, s):
+    s('200 OK', []); return [b'hello\\n']
+def chunks(e, s):
+    s('200 OK', []); return (b'a', b'', b'b', b'c')
+def generator(e, s):
+    s('200 OK', []); yield b'a'; yield b''; yield b'b'
+def late_start(e, s):
+    s('200 OK', []); yield b'x'
+def only_bytes(e, s):
+    s('200 OK', []); return b'whole'
+def write(e, s):
+    w = s('200 OK', []); w(b'a'); w(b'b'); return [b'c']
+def empty(e, s):
+    s('200 OK', [('X-Empty', 'yes')]); return []
+def environ(e, s):
+    body = repr({k: repr(v) if type(v) is not str else v for k, v in e.items()}).encode(); s('200 OK', []); return [body]
+def read(e, s):
+    i = e['wsgi.input']
+    out = eval(e['QUERY_STRING'], {'i': i}); s('200 OK', []); return [repr(out).encode()]
+def unread(e, s):
+    s('401 Unauthorized', [('Content-Length', '2')]); return [b'no']
+def errors(e, s):
+    e['wsgi.errors'].write('written to wsgi.errors'); e['wsgi.errors'].write(chr(10)); return hello(e, s)
+
+def fail_early(e, s):
+    raise RuntimeError('fails before the head')
+def fail_after_start(e, s):
+    s('200 OK', []); raise RuntimeError('fails after the head was given')
+def fail_first(e, s):
+    s('200 OK', [('Content-Length', '9')]); raise RuntimeError('fails at the first item'); yield b''
+def fail_later(e, s):
+    s('200 OK', [('Content-Length', '9')]); yield b'part'; raise RuntimeError('fails at a later item')
+def none(e, s):
+    s('200 OK', [])
+def a_str(e, s):
+    s('200 OK', []); return 'text'
+def str_items(e, s):
+    s('200 OK', []); return ['text']
+def an_int(e, s):
+    s('200 OK', []); return 5
+def no_start(e, s):
+    return [b'x']
+def twice(e, s):
+    s('200 OK', []); s('200 OK', []); return [b'x']
+def replaced(e, s):
+    s('200 OK', [('X-A', '1')])
+    try: raise RuntimeError('inner')
+    except RuntimeError: s('500 Oops', [('X-B', '2')], sys.exc_info())
+    return [b'oops']
+def exc_info_late(e, s):
+    s('200 OK', [('Content-Length', '9')]); yield b'part'
+    try: raise KeyError('the original error')
+    except KeyError: s('500 Oops', [], sys.exc_info())
+    yield b'never'
+def too_little(e, s):
+    s('200 OK', [('Content-Length', '9')]); return [b'part']
+def too_much(e, s):
+    s('200 OK', [('Content-Length', '4')]); return [b'partial', b'more']
+def exits(e, s):
+    sys.exit(3)
+def bad_head(e, s):
+    status, headers = eval(e['QUERY_STRING']); s(status, headers); return [b'x']
+def status(e, s):
+    s(e['QUERY_STRING'].replace('+', ' '), [('Content-Length', '4')]); return [b'body']
+
+class Closing:
+    closed = 0
+    def __init__(self, items): self.items = iter(items)
+    def __iter__(self): return self
+    def __next__(self):
+        item = next(self.items)
+        if item is None: raise RuntimeError('fails while iterating')
+        return item
+    def close(self):
+        Closing.closed += 1
+        if self.fail: raise RuntimeError('fails in close')
+    fail = False
+def closing(e, s):
+    s('200 OK', [] if e['QUERY_STRING'] != 'little' else [('Content-Length', '99')])
+    result = Closing({'': [b'a', b'b'], 'broken': [b'a', None], 'big': [b'x' * 100000] * 1000, 'little': [b'a'],
+                      'close': [b'a']}[e['QUERY_STRING']])
+    result.fail = e['QUERY_STRING'] == 'close'
+    return result
+def closed(e, s):
+    s('200 OK', []); return [b'%d' % Closing.closed]
+
+def file(e, s):
+    f = open(e['HTTP_FILE'], 'rb'); f.seek(int(e.get('HTTP_SEEK', 0)))
+    s('200 OK', [('Content-Length', e['HTTP_LENGTH'])] if 'HTTP_LENGTH' in e else [])
+    return e['wsgi.file_wrapper'](f, 4096)
+def bytesio(e, s):
+    s('200 OK', []); return e['wsgi.file_wrapper'](io.BytesIO(b'x' * 100000))
+def pipe(e, s):
+    r, w = os.pipe(); os.write(w, b'from a pipe'); os.close(w)
+    s('200 OK', []); return e['wsgi.file_wrapper'](os.fdopen(r, 'rb'))
+def big(e, s):
+    s('200 OK', [('Content-Length', '20000000')]); return [b'x' * 10000000, b'y' * 10000000]
+def descriptors(e, s):
+    s('200 OK', []); return [str(len(os.listdir('/proc/self/fd'))).encode()]
+def pid(e, s):
+    s('200 OK', []); return [b'%d' % os.getpid()]
+'''
+
+
+class TestWSGI:
+    """PEP 3333, and what it leaves open answered as a user would expect."""
+
+    @pytest.mark.parametrize('path, body', [
+        ('hello', 'hello\n'), ('no_length', 'hello\n'), ('chunks', 'abc'), ('generator', 'ab'), ('late_start', 'x'),
+        ('only_bytes', 'whole'), ('write', 'abc'), ('empty', ''), ('bytesio', 'x' * 100000), ('pipe', 'from a pipe'),
+        ('replaced', 'oops')])
+    def test_what_the_application_returns_is_what_the_client_gets(self, apps, path, body):
+        assert apps.ask(path).text == body
+
+    def test_the_environ_is_what_pep_3333_asks_for(self, apps):
+        environ = eval(apps.ask('environ', HTTP_CONTENT_LENGTH='7', HTTP_CONTENT_TYPE='x').body)
+        assert {'HTTP_CONTENT_LENGTH', 'HTTP_CONTENT_TYPE'}.isdisjoint(environ)
+        expected = {'SCRIPT_NAME': '', 'wsgi.version': '(1, 0)', 'wsgi.url_scheme': 'http', 'wsgi.multithread': 'False',
+                    'wsgi.multiprocess': 'False', 'wsgi.run_once': 'False', 'wsgi.input_terminated': 'True'}
+        assert {key: environ[key] for key in expected} == expected
+
+    @pytest.mark.parametrize('variables, scheme', [
+        ({}, 'http'), ({'REQUEST_SCHEME': 'https'}, 'https'), ({'HTTPS': 'on'}, 'https'), ({'HTTPS': ''}, 'http'),
+        ({'HTTPS': 'off'}, 'http'), ({'UWSGI_SCHEME': 'https'}, 'https'), ({'HTTP_X_FORWARDED_PROTO': 'https'}, 'http')])
+    def test_the_scheme_is_what_the_web_server_says(self, apps, variables, scheme):
+        for _ in range(3):
+            assert eval(apps.ask('environ', **variables).body)['wsgi.url_scheme'] == scheme
+
+    @pytest.mark.parametrize('call, value', [
+        ('i.read()', b'one\ntwo\nthree'), ('i.read(-1)', b'one\ntwo\nthree'), ('i.read(0)', b''), ('i.read(5)', b'one\nt'),
+        ('(i.read(100),i.read(),i.read(5))', (b'one\ntwo\nthree', b'', b'')), ('i.readline()', b'one\n'),
+        ('i.readline(2)', b'on'), ('(i.readline(),i.read())', (b'one\n', b'two\nthree')), ('list(i)', [b'one\n', b'two\n', b'three']),
+        ('i.readlines()', [b'one\n', b'two\n', b'three']), ('i.readlines(1)', [b'one\n'])])
+    @pytest.mark.parametrize('late', [False, True])
+    def test_the_input_reads_like_a_file_and_never_past_its_end(self, apps, call, value, late):
+        """late: the body doesn't come with the head, and the connection stays open behind it."""
+        body = b'one\ntwo\nthree'
+        data = packet('read', body, QUERY_STRING=call)
+        with connect(apps.socket) as connection:
+            connection.sendall(data[:-len(body)] if late else data)
+            if late:
+                for i in range(len(body)):
+                    connection.sendall(body[i:i + 1])
+            assert eval(Answer(read_all(connection)).body) == value
+
+    @pytest.mark.parametrize('call, value', [('i.read()', b''), ('i.read(5)', b''), ('i.readline()', b''), ('list(i)', []),
+                                             ('i.readlines()', [])])
+    def test_a_request_without_a_body_has_an_empty_input(self, apps, call, value):
+        assert eval(apps.ask('read', QUERY_STRING=call).body) == value
+
+    def test_a_body_of_any_size(self, apps):
+        for size in 1, 65000, 65535, 70000, 3000000:
+            assert eval(apps.ask('read', b'x' * size, QUERY_STRING='len(i.read())').body) == size
+
+    def test_a_body_that_ends_early_is_an_error_for_the_application(self, apps):
+        apps.tracebacks_expected = True
+        with connect(apps.socket) as connection:
+            connection.sendall(packet('read', b'abc', QUERY_STRING='i.read()', CONTENT_LENGTH='10'))
+            connection.shutdown(socket.SHUT_WR)
+            assert b'200 OK' not in read_all(connection)
+
+    @pytest.mark.parametrize('size', [100, 3000000])
+    def test_an_unread_body_never_breaks_the_answer(self, apps, size):
+        for _ in range(5):
+            answer = apps.ask('unread', b'x' * size)
+            assert (answer.status, answer.body) == ('401 Unauthorized', b'no')
+
+    def test_wsgi_errors_is_the_log_at_once(self, apps):
+        apps.ask('errors')
+        apps.wait_for('written to wsgi.errors')
+
+    @pytest.mark.parametrize('path, words', [
+        ('fail_early', 'fails before the head'), ('fail_after_start', 'fails after the head'), ('fail_first', 'first item'),
+        ('none', 'returned None'), ('a_str', 'made of bytes, not of str'), ('str_items', 'made of bytes, not of str'),
+        ('an_int', "'int' object is not iterable"), ('no_start', "didn't call start_response"), ('twice', 'a second time'),
+        ('exits', 'SystemExit: 3')])
+    def test_an_application_that_fails_early_gives_a_500_and_a_traceback(self, apps, path, words):
+        apps.tracebacks_expected = True
+        before = len(apps.lines)
+        assert apps.ask(path).status == '500 Internal Server Error'
+        wait_until(lambda: any(words in line for line in apps.lines[before:]), words)
+        assert apps.ask('hello').status == '200 OK'
+
+    @pytest.mark.parametrize('path, words', [
+        ('fail_later', 'fails at a later item'), ('exc_info_late', 'the original error'), ('too_little', '5 bytes less')])
+    def test_a_response_that_breaks_off_is_never_made_whole(self, apps, path, words):
+        apps.tracebacks_expected = True
+        answer = apps.ask(path)
+        assert answer.status == '200 OK' and answer.body in (b'part', b'') and answer.header('content-length') == '9'
+        apps.wait_for(words)
+
+    def test_more_than_the_promised_length_is_left_out_and_logged(self, apps):
+        assert apps.ask('too_much').body == b'part'
+        apps.wait_for('more than its Content-Length')
+
+    @pytest.mark.parametrize('query', ['', 'broken', 'close', 'little'])
+    def test_close_is_called_once_whatever_happens(self, apps, query):
+        apps.tracebacks_expected = True
+        before = int(apps.ask('closed').body)
+        apps.ask('closing', QUERY_STRING=query)
+        assert int(apps.ask('closed').body) == before + 1
+
+    def test_close_is_called_when_the_client_leaves(self, apps):
+        before = int(apps.ask('closed').body)
+        with connect(apps.socket) as connection:
+            connection.sendall(packet('closing', QUERY_STRING='big'))
+            connection.recv(1)
+        wait_until(lambda: int(apps.ask('closed').body) == before + 1, 'close()')
+        assert 'Broken' not in apps.log
+
+    @pytest.mark.parametrize('status, headers', [
+        (200, []), (b'200 OK', []), ('OK', []), ('2000 OK', []), ('200 OK\r\nX: y', []), ('20x OK', []), ('', []),
+        ('200 OK', [('X', 'a\r\nY: b')]), ('200 OK', [('X', 'a\nb')]), ('200 OK', [('X', 'a\0')]), ('200 OK', [('X\r\nY', 'b')]),
+        ('200 OK', [('X: Y', 'b')]), ('200 OK', [('', 'b')]), ('200 OK', [('X', 5)]), ('200 OK', [(b'X', 'b')]),
+        ('200 OK', [('X', b'b')]), ('200 OK', [('X', '\u20ac')]), ('200 OK', [('Connection', 'close')]),
+        ('200 OK', [('Transfer-Encoding', 'chunked')]), ('200 OK', [('Content-Length', '-1')]),
+        ('200 OK', [('Content-Length', 'many')]), ('200 OK', None), ('200 OK', [('X',)])])
+    def test_a_bad_head_is_refused(self, apps, status, headers):
+        apps.tracebacks_expected = True
+        answer = apps.ask('bad_head', QUERY_STRING=ascii((status, headers)))
+        assert answer.status == '500 Internal Server Error' and answer.header('Y') is None
+
+    @pytest.mark.parametrize('method, status, body', [
+        ('HEAD', '200+OK', b''), ('GET', '204+No+Content', b''), ('GET', '304+Not+Modified', b''), ('GET', '200+OK', b'body'),
+        ('GET', '404', b'body')])
+    def test_no_body_where_there_is_none(self, apps, method, status, body):
+        answer = apps.ask('status', QUERY_STRING=status, REQUEST_METHOD=method)
+        assert answer.body == body and answer.status.strip() == status.replace('+', ' ')
+
+    def test_head_of_everything(self, apps, tmp):
+        (tmp / 'f').write_bytes(b'x' * 1000)
+        for path in 'hello', 'generator', 'write', 'chunks', 'file', 'empty':
+            answer = apps.ask(path, REQUEST_METHOD='HEAD', HTTP_FILE=str(tmp / 'f'))
+            assert (answer.status, answer.body) == ('200 OK', b'')
+
+    def test_the_validator_finds_nothing(self, start):
+        server = start("""
+            from wsgiref.validate import validator
+            @validator
+            def application(environ, start_response):
+                body = environ['wsgi.input'].read(int(environ.get('CONTENT_LENGTH') or 0))
+                environ['wsgi.errors'].write('')
+                start_response('200 OK', [('Content-Type', 'text/plain'), ('Content-Length', str(len(body) + 1))])
+                return iter([body, b'.'])
+            """, http=True)
+        assert server.ask().body == b'.'
+        assert server.ask(body=b'abc').body == b'abc.'
+        assert server.get().body == b'.'
+        assert server.get(method='POST', headers='Content-Length: 3\r\n', body=b'abc').body == b'abc.'
+        assert 'Assert' not in server.log
+
+    def test_mounts_divide_the_url(self, start, tmp):
+        for name in 'one', 'two':
+            (tmp / f'{name}.py').write_text(
+                f'def application(e, s):\n    s("200 OK", [])\n    return ["{name} ".encode() + '
+                'f"{e[\'SCRIPT_NAME\']} {e[\'PATH_INFO\']}".encode()]')
+        server = start(ini='mount = /a=one:application\nmount = /a/b=two.py\nmanage-script-name')
+        for path, text in (('/a/x', 'one /a /x'), ('/a', 'one /a '), ('/a/b/c', 'two /a/b /c'), ('/a/bc', 'one /a /bc')):
+            assert server.ask(path).text == text
+        assert server.ask('/ax').status == '404 Not Found'
+
+    def test_a_mount_is_found_by_script_name(self, start):
+        server = start(HELLO + ENVIRON.replace('application', 'other'), 'module = app\nmount = /a=app:other')
+        assert server.ask('/x').body == b'hello\n'
+        assert eval(server.ask('/x', SCRIPT_NAME='/a').body)['SCRIPT_NAME'] == '/a'
 
 
 # ---------------------------------------------------------------------------------------------
@@ -810,3 +1418,650 @@ def test_cgi_that_is_silent_for_too_long_is_killed(cgi, tmp):
         assert answer.status == '504 Gateway Timeout' and 'was silent for 1 s' in answer.text
         assert read_all(client).endswith(b'half\n')
     assert not os.path.exists(f"/proc/{(tmp / 'bin/pid').read_text().strip()}")
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. Jobs and offload threads
+
+class TestOffload:
+    """What a client doesn't take at once costs no worker, and arrives whole."""
+
+    @pytest.mark.parametrize('seek, length', [(0, None), (0, 30000000), (1000, 29999000), (5, 10), (0, 0), (30000000, 0)])
+    def test_a_file_is_sent_from_where_it_stands_and_as_long_as_promised(self, apps, big_file, seek, length):
+        variables = {'HTTP_FILE': str(big_file), 'HTTP_SEEK': str(seek)}
+        if length is not None:
+            variables['HTTP_LENGTH'] = str(length)
+        data = big_file.read_bytes()[seek:]
+        assert apps.ask('file', **variables).body == (data if length is None else data[:length])
+
+    def test_a_file_shorter_than_promised_is_cut_and_logged(self, apps, tmp):
+        (tmp / 'f').write_bytes(b'x' * 1000)
+        assert apps.ask('file', HTTP_FILE=str(tmp / 'f'), HTTP_LENGTH='2000').body == b'x' * 1000
+        apps.wait_for('1000 bytes less')
+
+    def test_a_worker_answers_beside_a_hundred_slow_readers(self, apps, big_file):
+        with contextlib.ExitStack() as stack:
+            slow = []
+            for path in ['file', 'big'] * 50:
+                connection = stack.enter_context(connect(apps.socket))
+                connection.sendall(packet(path, HTTP_FILE=str(big_file)))
+                slow.append(connection)
+            assert apps.ask('hello').body == b'hello\n'
+            data = read_all(slow[0])
+            assert data.partition(b'\r\n\r\n')[2] == big_file.read_bytes()
+            assert read_all(slow[1]).partition(b'\r\n\r\n')[2] == b'x' * 10000000 + b'y' * 10000000
+        before = apps.ask('descriptors')
+        wait_until(lambda: int(apps.ask('descriptors').body) < 30, f'few descriptors {before.text}')
+
+    def test_jobs_finish_at_a_stop(self, start, big_file):
+        server = start(APPS)
+        with connect(server.socket) as slow:
+            slow.sendall(packet('file', HTTP_FILE=str(big_file)))
+            data = slow.recv(1000)
+            server.kill(signal.SIGTERM)
+            server.wait_for('stopping')
+            data += read_all(slow)
+        assert data.partition(b'\r\n\r\n')[2] == big_file.read_bytes()
+        assert server.wait() == 0
+
+    def test_jobs_finish_at_a_reload(self, start, big_file):
+        server = start(APPS)
+        with connect(server.socket) as slow:
+            slow.sendall(packet('file', HTTP_FILE=str(big_file)))
+            data = slow.recv(1000)
+            server.kill(signal.SIGHUP)
+            server.wait_for('^ready', 2)
+            assert server.ask('hello').body == b'hello\n'
+            data += read_all(slow)
+        assert data.partition(b'\r\n\r\n')[2] == big_file.read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------
+# 9. and 10. Worker and master
+
+SLOW = APPS + """
+def slow(e, s):
+    fifo = e['QUERY_STRING']
+    s('200 OK', [])
+    return [open(fifo, 'rb').read() + b' by %d' % os.getpid()]
+def spin(e, s):
+    while True: pass
+def deaf(e, s):
+    while True:
+        try:
+            import time; time.sleep(100)
+        except BaseException: pass
+def crash(e, s):
+    os.kill(os.getpid(), int(e['QUERY_STRING']))
+def leave(e, s):
+    os._exit(7)
+def close_all(e, s):
+    os.closerange(3, 20); return hello(e, s)
+def eat(e, s):
+    globals().setdefault('eaten', []).append(b'x' * 30000000); return hello(e, s)
+"""
+
+
+class Held:
+    """A request that runs until release() is called: the application reads from a fifo."""
+
+    def __init__(self, server, tmp, name='fifo'):
+        self.fifo = tmp / name
+        os.mkfifo(self.fifo)
+        self.connection = connect(server.socket)
+        self.connection.sendall(packet('slow', QUERY_STRING=str(self.fifo)))
+        self.writer = open(self.fifo, 'wb')             # waits until the application has opened it
+
+    def release(self):
+        self.writer.write(b'done')
+        self.writer.close()
+        with self.connection:
+            return Answer(read_all(self.connection))
+
+
+class Load:
+    """Clients that ask all the time, each on new connections; failures are what didn't go as it should."""
+
+    def __init__(self, server, path='hello', clients=4):
+        self.server, self.path, self.answered, self.failures, self.bodies = server, path, 0, [], set()
+        self.running = True
+        self.threads = [threading.Thread(target=self.ask, daemon=True) for _ in range(clients)]
+        for thread in self.threads:
+            thread.start()
+
+    def ask(self):
+        while self.running:
+            try:
+                answer = self.server.ask(self.path)
+            except OSError as error:
+                self.failures.append(repr(error))
+            else:
+                self.answered += 1
+                self.bodies.add(answer.body)
+                if answer.status != '200 OK':
+                    self.failures.append(answer.raw)
+
+    def more(self, requests):
+        """Wait for so many more answers."""
+        goal = self.answered + requests
+        wait_until(lambda: self.answered >= goal or self.failures, f'{requests} more answers')
+
+    def end(self):
+        self.running = False
+        for thread in self.threads:
+            thread.join(PATIENCE)
+        return self.failures
+
+
+class TestProcesses:
+    """A worker that ends is replaced, with a line that says why; the others don't notice."""
+
+    def test_the_application_is_loaded_once_and_the_workers_share_it(self, start):
+        server = start('import os\nloaded_in = os.getpid()\n' + APPS.replace("b'%d' % os.getpid()", "b'%d' % loaded_in"),
+                       'processes = 3')
+        assert len(server.workers()) == 3
+        assert server.ask('pid').body == b'%d' % server.pid
+
+    def test_lazy_apps_are_loaded_in_each_worker(self, start):
+        server = start('import os\nloaded_in = os.getpid()\n' + APPS.replace("b'%d' % os.getpid()", "b'%d' % loaded_in"),
+                       'processes = 2\nlazy-apps = true')
+        assert int(server.ask('pid').body) in server.workers()
+
+    @pytest.mark.parametrize('path, query, words', [
+        ('crash', str(int(signal.SIGKILL)), 'SIGKILL, not sent by us, at GET crash'),
+        ('crash', str(int(signal.SIGSEGV)), 'SIGSEGV, not sent by us, at GET crash'),
+        ('crash', str(int(signal.SIGABRT)), 'SIGABRT'), ('leave', '', 'exit status 7, at GET leave')])
+    def test_a_worker_that_dies_is_replaced_and_its_request_named(self, start, path, query, words):
+        server = start(SLOW)
+        before = server.workers()
+        assert server.ask(path, QUERY_STRING=query).raw == b''
+        line = server.wait_for('died')
+        assert words in line and 'peak rss' in line and f'pid {before[0]}' in line
+        assert server.ask('hello').body == b'hello\n'
+        assert server.workers() != before
+
+    def test_fifty_kills_under_load_lose_only_the_requests_at_hand(self, start):
+        server = start(SLOW, 'processes = 2\ndisable-logging = true')
+        load = Load(server)
+        for i in range(50):
+            load.more(5) if not load.failures else None
+            victims = wait_until(server.workers, 'a worker')
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victims[i % len(victims)], signal.SIGKILL)
+            server.wait_for('died', i + 1)
+            load.failures[:], lost = [], len(load.failures)
+            assert lost <= 2
+        load.more(20)
+        load.end()
+
+    def test_an_idle_death_is_followed_by_a_pause_that_grows(self, start):
+        server = start()
+        os.kill(server.workers()[0], signal.SIGKILL)
+        server.wait_for('a new one comes in 0.5 s')
+        assert server.ask().body == b'hello\n'
+
+    def test_an_application_that_cannot_be_loaded_ends_the_start(self, tmp):
+        (tmp / 'bad.py').write_text('import nothing_of_that_name')
+        for lazy in (), ('--lazy-apps',):
+            code, output = run(tmp, '--socket', 's', '--vacuum', '--module', 'bad', *lazy)
+            assert code == 22 and "No module named 'nothing_of_that_name'" in output
+        assert not (tmp / 's').exists()
+
+    @pytest.mark.parametrize('arguments, words', [
+        (['--module', 'nowhere'], "there is no module 'nowhere'"), (['--module', 'os:nothing'], "os has no 'nothing'"),
+        (['--wsgi-file', 'none.py'], 'there is no file'), ([], 'no application is named'),
+        (['--module', 'minuwsgi'], "minuwsgi has no 'application'")])
+    def test_a_missing_application_is_told_in_words(self, tmp, arguments, words):
+        code, output = run(tmp, '--socket', 's', *arguments)
+        assert code == 22 and words in output and 'Traceback' not in output
+
+    def test_without_a_master_one_process_serves(self, start):
+        server = start(APPS, 'master = false')
+        assert int(server.ask('pid').body) == server.pid and server.workers() == []
+        assert server.stop() == 0
+
+    def test_threads_serve_at_the_same_time(self, start, tmp):
+        server = start(SLOW, 'threads = 3')
+        held = [Held(server, tmp, f'fifo{i}') for i in range(2)]
+        assert server.ask('hello').body == b'hello\n'
+        assert eval(server.ask('environ').body)['wsgi.multithread'] == 'True'
+        assert len({answer.release().body for answer in held}) == 1
+
+    def test_kill_9_of_the_master_ends_the_workers_at_once(self, start, tmp):
+        server = start(SLOW, 'processes = 3')
+        workers = server.workers()
+        held = Held(server, tmp)
+        server.kill(signal.SIGKILL)
+        server.process.wait(PATIENCE)
+        wait_until(lambda: sum(os.path.exists(f'/proc/{pid}') for pid in workers) == 1, 'the end of the idle workers')
+        assert held.release().body.startswith(b'done by')
+        wait_until(lambda: not any(os.path.exists(f'/proc/{pid}') for pid in workers), 'the end of the last worker')
+
+    def test_what_the_application_starts_inherits_nothing(self, start):
+        server = start("""
+            import subprocess
+            def application(e, s):
+                s('200 OK', [])
+                return [subprocess.run(['ls', '-l', '/proc/self/fd'], capture_output=True, close_fds=False).stdout]
+            """, 'processes = 2', http=True)
+        listing = server.ask().text
+        assert listing.count('->') <= 4 and 'socket' not in listing
+
+    def test_an_application_that_closes_our_descriptors_is_survived(self, start):
+        server = start(SLOW, 'processes = 2')
+        server.tracebacks_expected = True
+        for _ in range(3):
+            server.ask('close_all')
+        wait_until(lambda: server.ask('hello').body == b'hello\n', 'an answer')
+
+    def test_as_pid_1_strangers_are_buried(self, start, tmp):
+        if os.getuid() or not shutil.which('unshare'):
+            pytest.skip('unshare of util-linux, as root, is not there')
+        (tmp / 'app.py').write_text(HELLO + 'import os\nif not os.fork():\n    if os.fork(): os._exit(0)\n    os._exit(0)\n')
+        server = Server(tmp, [])
+        server.wait()
+        process = subprocess.Popen(['unshare', '--pid', '--fork', '--kill-child', '--mount-proc', sys.executable,
+                                    str(MINUWSGI), '--socket', 's', '--module', 'app'], cwd=tmp, stderr=subprocess.PIPE)
+        try:
+            for line in process.stderr:
+                if line.startswith(b'ready'):
+                    break
+            assert ask(str(tmp / 's')).body == b'hello\n'
+            inside = children(process.pid)[0]
+            os.kill(inside, signal.SIGTERM)
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+            process.wait()
+            process.stderr.close()
+
+
+class TestStop:
+    """A stop loses nothing that was accepted or waits, and says what it waits for."""
+
+    @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+    def test_the_request_at_hand_is_finished(self, start, tmp, number):
+        server = start(SLOW, 'vacuum = true')
+        held = Held(server, tmp)
+        server.kill(number)
+        assert 'worker 1 busy with GET slow' in server.wait_for('stopping')
+        assert held.release().body.startswith(b'done')
+        assert server.wait() == 0 and not os.path.exists(server.socket)
+
+    def test_those_who_wait_in_the_queue_are_served(self, start, tmp):
+        server = start(SLOW)
+        held = Held(server, tmp)
+        waiting = [connect(server.socket) for _ in range(5)]
+        for connection in waiting:
+            connection.sendall(packet('hello'))
+        server.kill(signal.SIGTERM)
+        server.wait_for('stopping')
+        held.release()
+        for connection in waiting:
+            with connection:
+                assert Answer(read_all(connection)).body == b'hello\n'
+        assert server.wait() == 0
+
+    @pytest.mark.parametrize('numbers', [(signal.SIGQUIT,), (signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
+    def test_quit_or_a_second_signal_stops_at_once(self, start, tmp, numbers):
+        server = start(SLOW, 'vacuum = true')
+        held = Held(server, tmp)
+        for i, number in enumerate(numbers):
+            server.kill(number)
+            if i + 1 < len(numbers):
+                server.wait_for('stopping')
+        assert server.wait() == 0 and not os.path.exists(server.socket)
+        held.writer.close()
+        held.connection.close()
+
+    def test_a_request_without_end_is_killed_after_the_mercy(self, start):
+        server = start(SLOW, 'worker-reload-mercy = 1')
+        with connect(server.socket) as connection:
+            connection.sendall(packet('deaf'))
+            wait_until(lambda: 'S' in pathlib.Path(f'/proc/{server.workers()[0]}/stat').read_text().split()[2], 'sleep')
+            server.kill(signal.SIGTERM)
+            assert 'had 1 s to finish' in server.wait_for('is killed')
+        assert server.wait() == 0
+
+    def test_term_during_the_import_stops(self, start, tmp):
+        os.mkfifo(tmp / 'fifo')
+        server = start('open("fifo").read()\n' + HELLO, 'vacuum = true', ready=False)
+        with open(tmp / 'fifo', 'w'):
+            server.kill(signal.SIGTERM)
+            assert server.wait() == 0
+        assert 'stopped while starting' in server.log and not os.path.exists(server.socket)
+
+    def test_atexit_and_other_threads_get_their_time(self, start, tmp):
+        os.mkfifo(tmp / 'fifo')
+        server = start(HELLO + """
+import atexit, os, threading
+atexit.register(lambda: open('atexit', 'w').write('done'))
+def linger():
+    open('fifo').read()
+    open('thread', 'w').write('done')
+os.register_at_fork(after_in_child=lambda: threading.Thread(target=linger).start())
+""")
+        server.kill(signal.SIGTERM)
+        server.wait_for('stopping')
+        with open(tmp / 'fifo', 'w'):
+            pass
+        assert server.wait() == 0
+        assert (tmp / 'thread').read_text() == (tmp / 'atexit').read_text() == 'done'
+
+    def test_stop_and_reload_by_pidfile(self, start, tmp):
+        server = start(ini='pidfile = p')
+        assert run(tmp, '--reload', 'p') == (0, '')
+        server.wait_for('^ready', 2)
+        assert run(tmp, 'app.ini', '--socket', 't')[0] == 1          # the pidfile is locked
+        assert run(tmp, '--stop', 'p') == (0, '')
+        assert server.wait() == 0
+        code, output = run(tmp, '--stop', 'p')
+        assert code == 1 and 'does not run any more' in output
+        assert run(tmp, '--stop', 'nothing')[0] == 1
+
+    def test_die_on_term_false_reloads(self, start):
+        server = start(ini='die-on-term = false')
+        server.kill(signal.SIGTERM)
+        server.wait_for('^ready', 2)
+        assert server.stop(signal.SIGINT) == 0
+
+
+class TestReload:
+    """A reload brings the new code and configuration, and nobody waits for it or is lost."""
+
+    @pytest.mark.parametrize('ini', ['processes = 2', 'processes = 2\nlazy-apps = true', 'processes = 2\nthreads = 3'])
+    def test_reloads_under_load_lose_no_request(self, start, tmp, ini):
+        server = start(APPS, ini + '\ndisable-logging = true')
+        load = Load(server)
+        for i in range(4):
+            load.more(50)
+            (tmp / 'app.py').write_text(APPS.replace("b'hello", f"b'hell{i}").replace("'6'", "'6'"))
+            server.kill(signal.SIGHUP)
+            server.wait_for('^ready', i + 2)
+        load.more(50)
+        assert load.end() == []
+        assert b'hell3\n' in load.bodies and server.ask('hello').body == b'hell3\n'
+
+    def test_the_pid_stays_and_new_options_count(self, start, tmp):
+        server = start(ini='processes = 1')
+        (tmp / 'app.ini').write_text('[uwsgi]\nmodule = app\nsocket = s\nsocket = t\nprocesses = 3\n')
+        server.kill(signal.SIGHUP)
+        server.wait_for('ready: 3 workers')
+        wait_until(lambda: len(server.workers()) == 3, 'three workers')
+        assert ask(str(tmp / 't')).body == b'hello\n'
+        (tmp / 'app.ini').write_text('[uwsgi]\nmodule = app\nsocket = t\nvacuum = true\n')
+        server.kill(signal.SIGHUP)
+        server.wait_for('ready: 1 worker', 2)
+        assert ask(str(tmp / 't')).body == b'hello\n' and not os.path.exists(server.socket)
+
+    @pytest.mark.parametrize('file, text, words', [
+        ('app.py', 'def application(', 'SyntaxError'), ('app.py', 'import nothing_there', 'nothing_there'),
+        ('app.ini', '[uwsgi]\nsocket = s\nmodule = app\nprocesses = many\n', 'a whole number'),
+        ('app.ini', '[uwsgi]\nsocket = s\nmodule = app\nchdir = /nowhere\n', '/nowhere')])
+    def test_a_broken_reload_leaves_the_old_code_serving(self, start, tmp, file, text, words):
+        server = start()
+        server.tracebacks_expected = True
+        workers = server.workers()
+        good = (tmp / file).read_text()
+        (tmp / file).write_text(text)
+        server.kill(signal.SIGHUP)
+        server.wait_for('the old code goes on serving')
+        assert words in server.log and server.ask().body == b'hello\n' and server.workers() == workers
+        (tmp / file).write_text(good)
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        assert server.ask().body == b'hello\n'
+
+    def test_an_address_taken_meanwhile_does_not_end_the_server(self, start, tmp):
+        """The proof can't bind; what goes wrong after the exec still leaves the old workers."""
+        server = start()
+        good = (tmp / 'app.ini').read_text()
+        with socket.socket() as other:
+            other.bind(('127.0.0.1', 0))
+            other.listen()
+            (tmp / 'app.ini').write_text(good + 'http-socket = 127.0.0.1:%d\n' % other.getsockname()[1])
+            server.kill(signal.SIGHUP)
+            server.wait_for('the old workers go on serving|the old code goes on serving')
+            assert server.ask().body == b'hello\n'
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        assert server.ask().body == b'hello\n'
+
+    def test_the_request_at_hand_is_finished_by_the_old_code(self, start, tmp):
+        server = start(SLOW, 'processes = 2')
+        held = Held(server, tmp)
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        assert server.ask('hello').body == b'hello\n'
+        assert held.release().body.startswith(b'done')
+
+    def test_a_reload_during_a_reload_comes_after_it(self, start):
+        server = start()
+        server.kill(signal.SIGHUP)
+        server.wait_for('reload: trying')
+        server.kill(signal.SIGHUP)
+        server.wait_for('reload: trying', 2)
+        server.wait_for('^ready', 2)
+        assert server.ask().body == b'hello\n'
+
+    def test_a_touched_file_reloads(self, start, tmp):
+        server = start(ini='touch-reload = touched')
+        (tmp / 'touched').write_text('')
+        server.wait_for('^ready', 2)
+        os.utime(tmp / 'touched', (1, 1))
+        server.wait_for('^ready', 3)
+
+
+class TestHarakiri:
+    """A request that takes too long is broken off, and the log says where it was."""
+
+    def test_the_client_gets_a_504_and_the_log_the_stack(self, start):
+        server = start(SLOW, 'harakiri = 1')
+        server.tracebacks_expected = True
+        before = server.workers()
+        assert server.ask('spin').status == '504 Gateway Timeout'
+        assert 'at GET spin for 1' in server.wait_for('harakiri: worker 1')
+        assert 'in spin' in server.log
+        wait_until(lambda: server.workers() != before, 'a new worker')
+        assert server.ask('hello').body == b'hello\n'
+
+    def test_who_does_not_listen_is_killed_a_second_later(self, start):
+        server = start(SLOW, 'harakiri = 1')
+        server.tracebacks_expected = True
+        assert server.ask('deaf').raw == b''
+        assert 'harakiri = 1, at GET deaf for 2' in server.wait_for('is killed')
+        assert server.ask('hello').body == b'hello\n'
+
+    def test_threads_do_not_reset_each_other(self, start):
+        server = start(SLOW, 'harakiri = 1\nthreads = 2')
+        server.tracebacks_expected = True
+        load = Load(server, clients=1)
+        assert server.ask('deaf').raw == b''
+        server.wait_for('is killed')
+        load.end()
+
+    def test_an_idle_server_does_not_wake_up(self, start):
+        server = start(ini='processes = 2\nharakiri = 60')
+        def switches():
+            return [line for pid in (server.pid, *server.workers()) for line in
+                    pathlib.Path(f'/proc/{pid}/status').read_text().splitlines() if line.startswith('voluntary')]
+        server.ask()
+        before = wait_until(lambda: (a := switches()) == (time.sleep(0.1), switches())[1] and a, 'rest')
+        select.select([], [], [], 2)
+        assert switches() == before
+
+
+class TestRecycling:
+    """A worker leaves between requests, and its successor is there first."""
+
+    def test_max_requests_loses_no_request(self, start):
+        server = start(APPS, 'processes = 2\nmax-requests = 20\ndisable-logging = true')
+        load = Load(server, 'pid')
+        server.wait_for('leaves: max-requests', 6)
+        assert load.end() == [] and len(load.bodies) > 4
+
+    def test_reload_on_rss_names_the_request(self, start):
+        server = start(SLOW, 'reload-on-rss = 60')
+        before = server.workers()
+        for _ in range(3):
+            assert server.ask('eat').body == b'hello\n'
+        assert 'after GET eat' in server.wait_for('leaves: reload-on-rss')
+        wait_until(lambda: server.workers() != before and len(server.workers()) == 1, 'a new worker')
+
+    def test_a_lifetime_ends(self, start):
+        server = start(APPS, 'max-worker-lifetime = 1')
+        before = server.ask('pid').body
+        server.wait_for('leaves: max-worker-lifetime')
+        wait_until(lambda: server.ask('pid').body != before, 'a new worker')
+
+
+class TestCheaper:
+    """The number of workers follows the load."""
+
+    def test_a_burst_brings_more_workers_and_calm_fewer(self, start, tmp):
+        server = start(SLOW, 'processes = 3\ncheaper = 1\ncheaper-overload = 1')
+        assert len(server.workers()) == 1
+        held = [Held(server, tmp)]
+        wait_until(lambda: len(server.workers()) == 2, 'a second worker')
+        held.append(Held(server, tmp, 'fifo2'))
+        wait_until(lambda: len(server.workers()) == 3, 'a third worker')
+        for request in held:
+            assert request.release().body.startswith(b'done')
+        wait_until(lambda: len(server.workers()) == 1, 'one worker')
+
+    def test_the_queue_of_a_unix_socket_and_of_tcp_is_seen(self, start, tmp):
+        port = free_port()
+        server = start(SLOW, f'socket = s\nsocket = 127.0.0.1:{port}\nprocesses = 1\nstats = stats')
+        held = Held(server, tmp)
+        with contextlib.ExitStack() as stack:
+            for address in (server.socket,) * 3 + (('127.0.0.1', port),) * 2:
+                stack.enter_context(connect(address))
+            import json
+            sockets = json.loads(read_all(connect(str(tmp / 'stats'))))['sockets']
+            assert [entry['queue'] for entry in sockets] == [3, 2]
+        held.release()
+
+
+class TestSeeing:
+    """What the server does can be seen from outside."""
+
+    def test_stats_has_uwsgis_keys_and_no_variables(self, start, tmp):
+        import json
+        server = start(SLOW, 'processes = 2\nstats = stats')
+        held = Held(server, tmp)
+        text = read_all(connect(str(tmp / 'stats'))).decode()
+        stats = json.loads(text)
+        assert {'version', 'listen_queue', 'pid', 'uid', 'gid', 'cwd', 'locks', 'sockets', 'workers'} <= set(stats)
+        assert [worker['status'] for worker in stats['workers']].count('busy') == 1
+        assert {'id', 'pid', 'requests', 'exceptions', 'status', 'rss', 'vsz', 'tx', 'avg_rt', 'apps', 'cores'} <= set(
+            stats['workers'][0])
+        assert 'HTTP_HOST' not in text and str(held.fifo) not in text
+        held.release()
+
+    def test_health_and_metrics_even_when_all_are_busy(self, start, tmp):
+        port = free_port()
+        server = start(SLOW, f'stats = 127.0.0.1:{port}\nstats-http = true')
+        held = Held(server, tmp)
+        server.http = '127.0.0.1', port
+        assert server.get('/health').body == b'ok\n'
+        assert 'minuwsgi_worker_busy{worker="1"} 1' in server.get('/metrics').text
+        assert server.get('/').header('content-type') == 'application/json'
+        held.release()
+
+    def test_usr2_tells_what_each_worker_does(self, start, tmp):
+        server = start(SLOW)
+        held = Held(server, tmp)
+        server.kill(signal.SIGUSR2)
+        server.wait_for('in slow')
+        held.release()
+        assert server.wait_for(r'worker 1 \(pid .*GET slow')
+
+    def test_the_request_line_is_uwsgis(self, start, tmp):
+        server = start()
+        server.ask('/a?b', REMOTE_USER='joe')
+        assert re.fullmatch(
+            r'\[pid: \d+\|app: 0\|req: 1/1\] 127\.0\.0\.1 \(joe\) \{\d+ vars in \d+ bytes\} \[\w+ \w+ +\d+ [\d:]+ \d+\] '
+            r'GET /a\?b => generated 6 bytes in \d+ msecs \(HTTP/1\.1 200\) 2 headers in \d+ bytes '
+            r'\(1 switches on core 0\)', server.wait_for('pid: '))
+
+
+class TestDaemon:
+    """In the background, with a log that follows logrotate, as another user."""
+
+    def test_the_parent_leaves_when_the_workers_are_ready(self, tmp):
+        (tmp / 'app.py').write_text(HELLO)
+        code, output = run(tmp, '--socket', 's', '--module', 'app', '--pidfile', 'p', '--daemonize', 'log', '--vacuum')
+        assert (code, output) == (0, '')
+        assert ask(str(tmp / 's')).body == b'hello\n'
+        assert run(tmp, '--stop', 'p')[0] == 0
+        wait_until(lambda: not (tmp / 'p').exists(), 'the end')
+        assert 'ready: 1 worker' in (tmp / 'log').read_text()
+
+    def test_the_parent_tells_of_a_failed_start(self, tmp):
+        code, output = run(tmp, '--socket', 's', '--module', 'nowhere', '--daemonize', 'log')
+        assert code == 22 and "there is no module 'nowhere'" in output
+
+    def test_the_log_follows_its_name(self, start, tmp):
+        server = start(ini='logto = log', ready=False)
+        wait_until(lambda: (tmp / 'log').exists() and 'ready' in (tmp / 'log').read_text(), 'ready')
+        os.rename(tmp / 'log', tmp / 'old')
+        server.kill(signal.SIGUSR1)
+        wait_until((tmp / 'log').exists, 'the new log')
+        wait_until(lambda: server.ask('/there') and '/there' in (tmp / 'log').read_text(), 'a line in the new log')
+
+    @pytest.mark.skipif(os.getuid() != 0 or not os.path.exists('/usr/bin/python3'), reason='needs root and /usr/bin/python3')
+    def test_root_is_left_for_good_before_the_application_is_loaded(self, start, tmp):
+        os.chmod(tmp, 0o777)
+        server = start("""
+            import os
+            at_load = os.getresuid(), os.getresgid(), os.getgroups()
+            def application(e, s):
+                s('200 OK', [])
+                return [repr(at_load).encode()]
+            """, 'uid = nobody\ngid = nogroup\nvacuum = true', python='/usr/bin/python3')    # one that nobody can read
+        import grp
+        import pwd
+        uid, gid = pwd.getpwnam('nobody').pw_uid, grp.getgrnam('nogroup').gr_gid
+        assert eval(server.ask().body) == ((uid,) * 3, (gid,) * 3, [gid])
+        assert os.stat(server.socket).st_uid == uid
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        assert server.stop() == 0 and not os.path.exists(server.socket)
+
+
+class TestSystemd:
+    """Socket activation and readiness, with a stand-in for systemd."""
+
+    def test_notify_tells_the_states(self, start, tmp):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+            systemd.bind(str(tmp / 'notify'))
+            systemd.settimeout(PATIENCE)
+            server = start(environment={'NOTIFY_SOCKET': str(tmp / 'notify')})
+            assert b'READY=1' in systemd.recv(1000)
+            server.kill(signal.SIGHUP)
+            assert b'RELOADING=1\nMONOTONIC_USEC=' in systemd.recv(1000)
+            assert b'READY=1' in systemd.recv(1000)
+            server.stop()
+            assert systemd.recv(1000) == b'STOPPING=1'
+
+    def test_a_socket_of_systemd_is_used_and_never_removed(self, start, tmp):
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(tmp / 'a'))
+            listener.listen()
+            (tmp / 'app.py').write_text(HELLO)
+            script = ('import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_FDS="1", '
+                      'LISTEN_PID=str(os.getpid())); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])')
+            process = subprocess.Popen([sys.executable, '-c', script, str(listener.fileno()), str(MINUWSGI), '--module', 'app',
+                                        '--vacuum'], cwd=tmp, pass_fds=[listener.fileno()], stderr=subprocess.PIPE)
+        try:
+            lines = iter(process.stderr.readline, b'')
+            assert any(line.startswith(b'ready') for line in lines)
+            assert ask(str(tmp / 'a')).body == b'hello\n'
+            process.send_signal(signal.SIGHUP)
+            assert any(line.startswith(b'ready') for line in lines)
+            assert ask(str(tmp / 'a')).body == b'hello\n'
+        finally:
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+            process.stderr.close()
+        assert (tmp / 'a').exists()
