@@ -1245,13 +1245,14 @@ def test_a_program_that_ends_at_once_again_and_again_is_not_started_ever_faster(
 
 
 ACCEPT = '''
-import os, socket
+import contextlib, os, select, socket
 server = socket.socket(fileno=0)
 while True:
     client, _ = server.accept()
     same = os.path.sameopenfile(0, 3)
-    client.sendall(f'{os.environ["LISTEN_FDS"]} {int(os.environ["LISTEN_PID"]) == os.getpid()} {same}'.encode())
-    client.close()
+    with client, contextlib.suppress(ConnectionError):
+        client.sendall(f'{os.environ["LISTEN_FDS"]} {int(os.environ["LISTEN_PID"]) == os.getpid()} {same}'.encode())
+        pass
 '''
 
 
@@ -1275,6 +1276,25 @@ def test_programs_that_hold_an_old_log_are_replaced_after_USR1(start, tmp):
     server.kill(signal.SIGUSR1)
     wait_until(lambda: server.workers() and worker not in server.workers(), 'a new worker')
     assert os.path.samefile(f'/proc/{server.workers()[0]}/fd/2', log)
+
+
+@pytest.mark.parametrize('option', ['max-worker-lifetime = 1', 'reload-on-rss = 1'])
+def test_a_program_that_is_too_old_or_too_large_is_replaced(start, tmp, option):
+    (tmp / 'serve.py').write_text(ACCEPT)
+    server = start(ini=f'worker-exec = {sys.executable} serve.py\n{option}')
+    worker = server.wait_for('leaves: ' + option.partition(' ')[0]).partition('(pid ')[2].partition(')')[0]
+    wait_until(lambda: int(worker) not in server.workers(), 'its end')
+    assert server.workers() and 'died' not in server.log
+
+
+def test_cheaper_starts_programs_when_connections_wait(start, tmp):
+    (tmp / 'serve.py').write_text(ACCEPT.replace('pass', 'select.select([client], [], [])'))
+    server = start(ini=f'worker-exec = {sys.executable} serve.py\nprocesses = 2\ncheaper = 1')
+    assert len(server.workers()) == 1
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            stack.enter_context(connect(server.socket))
+        wait_until(lambda: len(server.workers()) == 2, 'a second worker')
 
 
 @pytest.mark.parametrize('program', ['ruby', 'perl'])
