@@ -3201,8 +3201,9 @@ class Master:
             if not fresh and now >= self.not_before and self.free and not (stale and starting):
                 self.spawn(number)
                 starting = True
-            elif fresh and fresh[0].is_ready():
-                for child in stale:
+            successor = max((child.born for child in mine if child.is_ready() and not child.old), default=0.0)
+            for child in stale:
+                if child.born < successor:              # which may have to go itself by now
                     self.tell_to_stop(child, child.retire)
         for child in self.children.values():
             if child.number > self.wanted and not child.stop_with and not starting:

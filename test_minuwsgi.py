@@ -1281,7 +1281,7 @@ def test_programs_that_hold_an_old_log_are_replaced_after_USR1(start, tmp):
 @pytest.mark.parametrize('option', ['max-worker-lifetime = 1', 'reload-on-rss = 1'])
 def test_a_program_that_is_too_old_or_too_large_is_replaced(start, tmp, option):
     (tmp / 'serve.py').write_text(ACCEPT)
-    server = start(ini=f'worker-exec = {sys.executable} serve.py\n{option}')
+    server = start(ini=f'worker-exec = {sys.executable} serve.py\n{option}', ready=False)
     worker = server.wait_for('leaves: ' + option.partition(' ')[0]).partition('(pid ')[2].partition(')')[0]
     wait_until(lambda: int(worker) not in server.workers(), 'its end')
     assert server.workers() and 'died' not in server.log
