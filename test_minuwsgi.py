@@ -1259,7 +1259,8 @@ while True:
 def test_a_program_finds_the_sockets_as_from_systemd_and_dies_with_the_master(start, tmp):
     (tmp / 'serve.py').write_text(ACCEPT)
     server = start(ini=f'worker-exec = {sys.executable} serve.py\nsocket = s\nsocket = t')
-    assert exchange(server.socket, b'') == b'2 True True'
+    with connect(server.socket) as client:
+        assert read_all(client) == b'2 True True'
     worker, = server.workers()
     server.kill(signal.SIGKILL)
     wait_until(lambda: not os.path.exists(f'/proc/{worker}'), 'the end of the program')
