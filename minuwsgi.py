@@ -3652,7 +3652,8 @@ class Master:
         self.touched = [*config.touch_reload, *config.touch_chain_reload]
         self.mtimes = list(map(mtime, self.touched))
         self.tick = math.inf                            # when look_round() is due
-        if self.wanted < config.processes or self.touched or config.log_maxsize or config.idle or notify.watchdog:
+        if self.wanted < config.processes or self.touched or config.log_maxsize or config.idle or notify.watchdog \
+                or self.command and config.reload_on_rss:
             self.tick = 0
         self.stats = Stats(self) if config.stats else None
 
@@ -3690,11 +3691,7 @@ class Master:
         elif number in (signal.SIGUSR1, signal.SIGUSR2):
             if number == signal.SIGUSR1:
                 reopen_log(self.config)
-            for pid, child in self.children.items():
-                if child.retire == signal.SIGHUP:       # a worker of Python
-                    os.kill(pid, number)
-                elif child.rows and number == signal.SIGUSR1:
-                    child.rows[0].numbers[LEAVING] = 1  # others keep the log that they began with: replace them
+            self.tell_all(number)
 
     def stop(self):
         self.stopping += 1
@@ -3707,6 +3704,13 @@ class Master:
                 self.tell_to_stop(child, signal.SIGTERM)
         log('stopping at once' if self.stopping > 1 else 'stopping' + ''.join(f'; {text}' for text in waited))
         notify('STOPPING=1')
+
+    def tell_all(self, number):
+        for pid, child in self.children.items():
+            if child.retire == signal.SIGHUP:           # one of Python
+                os.kill(pid, number)
+            elif child.rows and number == signal.SIGUSR1:
+                child.rows[0].numbers[LEAVING] = 1      # others keep the log that they began with: replace them
 
     def tell_to_stop(self, child, number):
         """Ask a worker to end; repeat it, since the first may come just before its accept()."""
@@ -3777,6 +3781,8 @@ class Master:
                 deadlines.append(child.rows[0].numbers[READY])
             if self.config.harakiri and child.kill_at == math.inf:      # no request can be overdue before that
                 deadlines.append(min((row.numbers[STARTED] for row in child.busy()), default=now) + self.config.harakiri)
+            if not child.is_ready() and child.rows[0].numbers[READY]:
+                deadlines.append(child.rows[0].numbers[READY])
             if self.config.max_worker_lifetime and child.rows and not child.must_go():
                 deadlines.append(self.end_of_life(child))
         if now < self.not_before and not self.stopping:
@@ -3798,14 +3804,26 @@ class Master:
             self.last_busy = now
         if 0 < self.config.cheaper < self.config.processes and len(serving) >= self.wanted:
             self.scale(busy, len(serving))
-        if self.config.idle and self.config.die_on_idle and now - self.last_busy > self.config.idle:
+        if self.command and self.config.reload_on_rss:
+            self.weigh_programs()
+        if self.config.idle and self.config.die_on_idle and not self.command and now - self.last_busy > self.config.idle:
             log(f'idle for {self.config.idle} s')
             self.stop()
+
+    def weigh_programs(self):
+        """reload-on-rss for programs that don't know of it."""
+        for child in self.children.values():
+            with contextlib.suppress(OSError), open(f'/proc/{child.pid}/statm') as file:
+                rss = int(file.read().split()[1]) * mmap.PAGESIZE >> 20
+                if rss >= self.config.reload_on_rss and not child.must_go():
+                    log(f'worker {child.number} (pid {child.pid}) leaves: reload-on-rss, it has {rss} MB')
+                    child.rows[0].numbers[LEAVING] = 1
 
     def scale(self, busy, there):
         """cheaper: one step more when all workers are busy or requests wait, one less after calm seconds."""
         waiting = sum(queue(listener)[0] for listener in self.listeners)
-        loaded = waiting > self.config.cheaper_overload if self.config.cheaper_algo == 'backlog' else busy == there
+        backlog = self.command or self.config.cheaper_algo == 'backlog'         # whether a program is busy isn't known
+        loaded = waiting > self.config.cheaper_overload if backlog else busy == there
         before = self.wanted
         if loaded or waiting and busy == there:
             self.calm, self.wanted = 0, min(self.config.processes, self.wanted + self.config.cheaper_step)
@@ -3828,8 +3846,9 @@ class Master:
             if not fresh and now >= self.not_before and self.free and not (stale and starting):
                 self.spawn(number)
                 starting = True
-            elif fresh and fresh[0].is_ready():
-                for child in stale:
+            successor = max((child.born for child in mine if child.is_ready() and not child.old), default=0.0)
+            for child in stale:
+                if child.born < successor:              # which may have to go itself by now
                     self.tell_to_stop(child, child.retire)
         for child in self.children.values():
             if child.number > self.wanted and not child.stop_with and not starting:
@@ -3918,14 +3937,17 @@ class Master:
         """A worker ended: say why if nobody asked it to, and slow down if that comes again and again."""
         now = time.monotonic()
         os.close(child.lifeline)
-        ready, doing, answered = child.is_ready(), child.doing(now), child.answered() or self.command and child.is_ready()
-        self.ever_ready = self.ever_ready or any(c.is_ready() for c in (child, *self.children.values()))
+        ready, doing, answered = child.is_ready(), child.doing(now), child.answered()
+        self.ever_ready = self.ever_ready or ready
+        if self.command:
+            answered = ready
         if child.rows is not None:
             child.rows[0].numbers[PID] = 0
             self.free.append(child.rows)
-        if child.stop_with and (code == 0 or self.stopping or child.stop_with == signal.SIGKILL):
+        if child.stop_with and (code in (0, -child.stop_with) or self.stopping or child.stop_with == signal.SIGKILL):
             return
-        if not self.ever_ready and (code == EXIT_NO_APP or self.command and code):
+        if not self.ever_ready and not any(other.old for other in self.children.values()) and (
+                code == EXIT_NO_APP or self.command and code):
             if self.command:
                 log(f'minuwsgi: {self.command[0]} ended before it was ready: {self.describe_exit(code)}')
             self.exit_code, self.stopping = EXIT_NO_APP, 2      # no use in trying again; a supervisor must see it
@@ -3973,8 +3995,7 @@ class Master:
         import json
         state = {'sockets': [(listener.address, listener.protocol, listener.socket.fileno(), listener.inode)
                              for listener in self.listeners],
-                 'workers': [(child.pid, child.number, child.lifeline, child.retire)
-                             for child in self.children.values()],
+                 'workers': [(child.pid, child.number, child.lifeline, child.retire) for child in self.children.values()],
                  'pidfile': self.pidfile and self.pidfile.fd, 'again': self.reload_wanted}
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
         for fd in (*(entry[2] for entry in state['sockets'] + state['workers']), state['pidfile']):
