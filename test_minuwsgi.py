@@ -806,9 +806,9 @@ def test_what_is_pipelined_behind_the_last_request_does_not_reset_the_connection
 
 
 def test_a_head_has_its_time_in_all_and_idle_connections_theirs(start):
-    server = start(HELLO, 'socket-timeout = 1\nhttp-timeout = 2', http=True)
+    server = start(HELLO, 'socket-timeout = 1\nhttp-timeout = 3', http=True)
     with connect(server.http) as slow, connect(server.http) as silent, Kept(server) as kept, Kept(server) as second:
-        kept.get()
+        date = kept.get().header('Date')
         second.connection.sendall(b'GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HTTP/1.1\r\n')      # and a half one behind it
         began = time.monotonic()
         while not select.select([slow], [], [], 0.1)[0]:
@@ -817,8 +817,10 @@ def test_a_head_has_its_time_in_all_and_idle_connections_theirs(start):
         assert answers(read_all(slow))[0].status == '408 Request Timeout'
         assert 1 <= time.monotonic() - began < 4
         assert [a.status[:3] for a in answers(read_all(second.connection))] == ['200', '408']
+        assert not select.select([silent, kept.connection], [], [], 0)[0]
         assert read_all(silent) == b'' and kept.is_closed()
-        assert 2 <= time.monotonic() - began < 5
+        assert 3 <= time.monotonic() - began < 8
+    assert server.get().header('Date') != date
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
@@ -873,6 +875,12 @@ def test_a_trusted_proxy_is_believed(behind_proxy, header, address, scheme):
     for answer in answers(send_raw(behind_proxy, raw + raw)):
         found = json.loads(answer.body)
         assert (found['REMOTE_ADDR'], found['wsgi.url_scheme']) == (address, scheme)
+
+
+def test_who_is_no_trusted_proxy_is_not_believed(start):
+    server = start(ECHO, 'trust-proxy = 10.0.0.0/8', http=True)
+    found = json.loads(server.get(headers='X-Forwarded-For: 1.2.3.4\r\nX-Forwarded-Proto: https\r\n').body)
+    assert (found['REMOTE_ADDR'], found['wsgi.url_scheme']) == ('127.0.0.1', 'http')
 
 
 @pytest.fixture(scope='module')
