@@ -1258,7 +1258,8 @@ def parse_first_line(line, environ):
     environ['REQUEST_METHOD'], environ['REQUEST_URI'] = method, target
     if protocol not in ('HTTP/1.1', 'HTTP/1.0'):
         other = len(protocol) == 8 and protocol[:5] == 'HTTP/' and protocol[6] == '.' and protocol[5::2].isdecimal()
-        raise BadRequest(f'protocol {protocol[:20]!r}', '505 HTTP Version Not Supported' if other else '400 Bad Request')
+        raise BadRequest(f'protocol {protocol[:20]!r}',
+                         '505 HTTP Version Not Supported' if other else '400 Bad Request')
     environ['SERVER_PROTOCOL'] = protocol
     if '#' in target or '\t' in target:
         raise BadRequest('a fragment or a tab in the target')
@@ -1278,7 +1279,8 @@ def target_path(method, target, environ):
             return '/' + path
     elif target == '*' and method == 'OPTIONS':
         return target
-    raise BadRequest(f'the target {target[:100]!r}', '501 Not Implemented' if method == 'CONNECT' else '400 Bad Request')
+    raise BadRequest(f'the target {target[:100]!r}',
+                     '501 Not Implemented' if method == 'CONNECT' else '400 Bad Request')
 
 
 def join_headers(lines, environ):
@@ -1610,8 +1612,8 @@ class Response:
     """One response after the other. start_response() builds the head; write() and finish() send."""
 
     __slots__ = ('fd', 'timeout', 'status', 'head', 'end', 'headers', 'length', 'left', 'size', 'sent', 'no_body',
-                 'head_only', 'http', 'keep', 'chunked', 'blocking', 'patience', 'ending', 'has_date', 'has_server', 'date',
-                 'body', 'extra')
+                 'head_only', 'http', 'keep', 'chunked', 'blocking', 'patience', 'ending', 'has_date', 'has_server',
+                 'date', 'body', 'extra')
 
     def __init__(self, config):
         self.timeout, self.patience = config.socket_timeout, config.http_timeout
@@ -1873,7 +1875,8 @@ def send_static(environ, start_response, file, status, name, seconds):
     tag = f'"{status.st_mtime_ns:x}-{size:x}"'
     headers = [('Last-Modified', modified), ('ETag', tag), ('Accept-Ranges', 'bytes')]
     if seconds is not None:
-        headers += [('Expires', formatdate(time.time() + seconds, usegmt=True)), ('Cache-Control', f'max-age={seconds}')]
+        headers.append(('Expires', formatdate(time.time() + seconds, usegmt=True)))
+        headers.append(('Cache-Control', f'max-age={seconds}'))
     if is_fresh(environ, tag, status.st_mtime):
         file.close()
         start_response('304 Not Modified', headers)
@@ -1915,8 +1918,8 @@ def byte_range(wanted, size):
     several ranges (RFC 9110, 14.2)."""
     unit, _, text = wanted.partition('=')
     begin, dash, end = (part.strip() for part in text.partition('-'))
-    if unit.strip().lower() != 'bytes' or not dash or not (begin + end).isdecimal() or len(text) > 40 or not text.isascii() \
-            or begin and end and int(begin) > int(end):
+    sane = unit.strip().lower() == 'bytes' and dash and len(text) < 40 and text.isascii() and (begin + end).isdecimal()
+    if not sane or begin and end and int(begin) > int(end):
         return 0, size - 1, '200 OK'
     first, last = (int(begin), int(end or size)) if begin else (max(0, size - int(end)), size)
     last = min(last, size - 1)
@@ -2788,8 +2791,8 @@ class Core:
     def wait(self):
         """Stands in for accept(): (descriptor, address) of the next connection that speaks uwsgi. HTTP is
         served meanwhile."""
-        worker = self.worker
-        claim = worker.connections.pop                  # whoever has it from there, alone uses it
+        worker, connections, clock = self.worker, self.worker.connections, time.monotonic
+        claim, poll = connections.pop, worker.poll.poll         # whoever has claimed a connection, alone uses it
         most = 1 if self.config.threads > 1 else 64     # threads must not hoard what others could do
         while True:
             busy = False
@@ -2813,8 +2816,9 @@ class Core:
                 if listener.protocol == 'uwsgi':
                     return new, address
                 self.serve_http(worker.new_connection(new, listener, address, self.template))
-            worker.look_at_time(busy)
-            self.ready = worker.poll.poll(worker.poll_timeout(), most)
+            if worker.stopping or clock() >= worker.next_look:
+                worker.look_at_time(busy)
+            self.ready = poll(1 if connections else None, most)
 
     def serve_http(self, connection):
         """Read what came, and answer each request whose head is whole."""
@@ -2864,7 +2868,8 @@ class Core:
             if usual:
                 target = data[4:line_end].decode('latin-1')
                 path, _, query = target.partition('?')
-                usual = target.isprintable() and not (' ' in target or '#' in target or '%' in path) and line_end < LINE_MAX
+                usual = line_end < LINE_MAX and target.isprintable() and not (
+                    ' ' in target or '#' in target or '%' in path)
             if usual:
                 environ = connection.again()
                 environ['REQUEST_URI'] = target
@@ -2964,7 +2969,7 @@ class Worker:
         self.dead_end, other_end = os.pipe()
         os.close(other_end)
         self.poll = self.stop_read = None
-        self.swept = 0.0
+        self.next_look = 0.0
         self.dead_end, other_end = os.pipe()            # what takes the place of a listener
         os.close(other_end)
         self.logging = not config.disable_logging or any((
@@ -3132,11 +3137,6 @@ class Worker:
             self.poll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)      # wakes one process, not all
         self.one_shot = select.EPOLLONESHOT if self.config.threads > 1 else 0
 
-    def poll_timeout(self):
-        if self.stopping:
-            return 0.1
-        return 1 if self.connections else None
-
     def new_connection(self, fd, listener, address, template):
         os.set_blocking(fd, False)
         environ = dict(template, SERVER_NAME=listener.host, SERVER_PORT=listener.port, REMOTE_ADDR='', REMOTE_PORT='')
@@ -3189,8 +3189,8 @@ class Worker:
                 self.close_connections(lambda connection: not connection.data)
             if not self.connections:
                 raise OSError(errno.ENOTSOCK, 'told to stop')
-        if now - self.swept >= 1:
-            self.swept = now
+        if now >= self.next_look:
+            self.next_look = now + 1
             self.close_connections(lambda connection: connection.deadline < now)
 
     def unwatch(self, fd):
