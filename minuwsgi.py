@@ -690,6 +690,7 @@ class Config:
         settings.expand()
         for setting in sorted(settings.all, key=lambda setting: setting.where == COMMAND_LINE):    # it wins
             self.take(setting)
+        self.http_keepalive = self.http_keepalive or self.http_timeout
         self.warnings = list(dict.fromkeys([*self.notes, *(text for s in self.settings for text in s.warnings)]))
         self.errors = list(dict.fromkeys(text for s in self.settings for text in s.errors))
         if self.strict:
@@ -2168,7 +2169,7 @@ class Core:
             if not self.http_request(connection, data, end):
                 return None
             data = connection.data
-        return self.worker.park(connection, time.monotonic() + self.config.http_timeout)
+        return self.worker.park(connection, time.monotonic() + self.config.http_keepalive)
 
     def http_request(self, connection, data, end):
         """Answer one request; False when the connection isn't ours any more."""
@@ -2380,7 +2381,7 @@ class Worker:
             if not ok:
                 return close_hard(fd)
             self.connections[fd] = connection
-            return self.park(connection, time.monotonic() + self.config.http_timeout)
+            return self.park(connection, time.monotonic() + self.config.http_keepalive)
         return done
 
     def look_at_time(self, busy):

@@ -723,6 +723,15 @@ def test_the_small_options_of_the_start_do_what_they_say(start, tmp):
     assert (over_http.header('X-One'), over_http.header('X-Two')) == ('1', '2')
 
 
+def test_http_keepalive_is_the_time_an_idle_connection_is_kept(start):
+    server = start(ini='http-keepalive = 1', http=True)
+    with connect(server.http) as connection:
+        connection.sendall(b'GET / HTTP/1.1\r\nHost: a\r\n\r\n')
+        began = time.monotonic()
+        assert b'200 OK' in read_all(connection)        # to the end that the server makes
+        assert 0.5 < time.monotonic() - began < 10
+
+
 STYLES = {                              # files as people write them, and what must come out
     'django': ('''
         [uwsgi]
