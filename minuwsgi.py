@@ -48,7 +48,6 @@ flag = Kind('true or false', lambda value: BOOLEANS.get(value.lower(), value != 
 number = Kind('a whole number', int)
 positive = Kind('a whole number greater than 0', lambda value: int(value) if int(value) > 0 else refuse())
 seconds = Kind('a number of seconds', lambda value: float(value) if '.' in value else int(value))
-megabytes = Kind('a whole number of megabytes', lambda value: int(value) << 20)
 octal = Kind('an octal mode such as 660', lambda value: 0o666 if value == '1' or BOOLEANS.get(value.lower()) else
              int(value, 8) if int(value, 8) <= 0o777 else refuse())
 protocol = Kind('uwsgi or http', lambda value: 'http' if value == 'http11' else
@@ -65,7 +64,7 @@ def network_of(value):
 
 
 network = Kind('an address or a network such as 10.0.0.0/8', network_of)
-NUMERIC = number, positive, seconds, megabytes
+NUMERIC = number, positive, seconds
 
 # Each row: names (the first is ours, the others are accepted, -x is the short form), kind of value,
 # default (a tuple where the option may be repeated and its values gather), meaning. Parser,
@@ -118,15 +117,15 @@ OPTIONS = (
     ('uid', word, None, 'user to become when the sockets are bound'),
     ('gid', word, None, 'group to become'),
     ('max-fd', number, 0, 'limit of open files in each process'),
-    ('limit-as', megabytes, 0, 'limit of address space of each process in MB'),
+    ('limit-as', number, 0, 'limit of address space of each process in MB'),
     ('pidfile pidfile2 safe-pidfile safe-pidfile2', filename, None, "write the master's pid here"),
     ('daemonize daemonize2 -d', filename, None, 'go to the background, log to this file'),
     ('auto-procname', flag, False, 'name the processes: uWSGI master, uWSGI worker 1'),
     ('procname', anything, None, 'name of the workers'),
     ('procname-master', anything, None, 'name of the master'),
-    ('procname-prefix', anything, None, 'put this before the names'),
-    ('procname-prefix-spaced', anything, None, 'the same, and a blank'),
-    ('procname-append', anything, None, 'put this after the names'),
+    ('procname-prefix', anything, '', 'put this before the names'),
+    ('procname-prefix-spaced', anything, '', 'the same, and a blank'),
+    ('procname-append', anything, '', 'put this after the names'),
     'Recycling, reload and stop',
     ('harakiri -t', seconds, 0, 'seconds that a request may take; then it is ended and logged'),
     ('harakiri-graceful-timeout', seconds, 1, 'seconds from its end by an exception to SIGKILL'),
@@ -134,8 +133,8 @@ OPTIONS = (
     ('max-requests-delta', number, 0, 'so many more for each next worker'),
     ('max-worker-lifetime', seconds, 0, 'replace a worker after so many seconds'),
     ('max-worker-lifetime-delta', seconds, 0, 'so many more for each next worker'),
-    ('reload-on-rss evil-reload-on-rss', megabytes, 0, 'replace a worker whose resident memory exceeds so many MB'),
-    ('reload-on-as evil-reload-on-as', megabytes, 0, 'replace a worker whose address space exceeds so many MB'),
+    ('reload-on-rss evil-reload-on-rss', number, 0, 'replace a worker whose resident memory exceeds so many MB'),
+    ('reload-on-as evil-reload-on-as', number, 0, 'replace a worker whose address space exceeds so many MB'),
     ('worker-reload-mercy reload-mercy', positive, 60, 'seconds that a worker has to finish before it is killed'),
     ('die-on-term', flag, True, '`false`: SIGTERM reloads, as in uWSGI 2.0'),
     ('touch-reload', filename, (), 'reload when this file changes'),
@@ -153,8 +152,8 @@ OPTIONS = (
     ('log-4xx', flag, False, 'but for those that failed with 4xx'),
     ('log-5xx', flag, False, 'but for those that failed with 5xx'),
     ('log-slow', number, 0, 'but for those that took so many milliseconds'),
-    ('log-big', number, 0, 'but for those with a body of so many bytes'),
-    ('log-zero', flag, False, 'but for those without a body'),
+    ('log-zero', flag, False, 'but for those with an empty response'),
+    ('log-big', number, 0, 'but for those with a response of so many bytes'),
     ('stats stats-server', word, None, 'give the state of the workers as JSON here'),
     ('stats-http', flag, False, 'over HTTP'),
     'Static files, CGI, other languages',
@@ -817,7 +816,7 @@ def usage():
         else:
             option = Option(*row)
             name = ', '.join([f'--{option.name}', *option.short]) + ('' if option.kind is flag else ' V')
-            default = f' [{option.default}]' if option.default not in (None, False, 0, ()) else ''
+            default = f' [{option.default}]' if option.default not in (None, False, 0, (), '') else ''
             lines.append(f'  {name:26} {option.meaning}{default}')
     return '\n'.join(lines) + '''
 Commands:
@@ -3118,10 +3117,10 @@ class Worker:
             self.leave(f'max-requests, it has answered {requests}')
         elif config.reload_on_rss or config.reload_on_as:
             with open('/proc/self/statm') as file:
-                size, rss = [int(pages) * mmap.PAGESIZE for pages in file.read().split()[:2]]
+                size, rss = [int(pages) * mmap.PAGESIZE >> 20 for pages in file.read().split()[:2]]
             for name, most, is_now in ('rss', config.reload_on_rss, rss), ('as', config.reload_on_as, size):
                 if most and is_now >= most:
-                    self.leave(f'reload-on-{name} = {most >> 20}, it has {is_now >> 20} MB after {self.rows[0].request()}')
+                    self.leave(f'reload-on-{name} = {most}, it has {is_now} MB after {self.rows[0].request()}')
             self.limit = requests + 1
         return self.limit if not self.rows[0].numbers[LEAVING] else math.inf
 
@@ -4148,7 +4147,7 @@ def set_limits(config):
     if config.max_fd or config.limit_as:
         import resource
         for name, kind, limit in (('max-fd', resource.RLIMIT_NOFILE, config.max_fd),
-                                  ('limit-as', resource.RLIMIT_AS, config.limit_as)):
+                                  ('limit-as', resource.RLIMIT_AS, config.limit_as << 20)):
             hard = resource.getrlimit(kind)[1]
             try:
                 if limit:
