@@ -772,7 +772,7 @@ def load_config(arguments):
         settings.attempt(settings.read_ini, setting)
     config = Config(settings)
     files = [target.partition('file:')[2] for target in config.logger if 'file:' in target]
-    config.logto = config.daemonize or config.logto or (files and files[-1])
+    config.logto = config.daemonize or config.logto or (files[-1] if files else None)
     if config.logto:
         config.logto = os.path.abspath(config.logto)    # before chdir, as in uWSGI
     return config
@@ -1685,7 +1685,7 @@ class Response:
             head += b'Connection: close\r\n'
         elif self.http == 'HTTP/1.0':
             head += b'Connection: keep-alive\r\n'
-        return head + b'\r\n'
+        return head + self.extra.encode('latin-1') + b'\r\n'
 
     def frame(self, chunks):
         """Hold chunks to the promised length; put the head and the sizes of chunks round them."""
@@ -4180,7 +4180,7 @@ def check(config):
             trial(what)
         except ConfigError as error:
             errors.append(str(error))
-    if not config.socket + config.uwsgi_socket + config.http_socket:
+    if not config.socket + config.uwsgi_socket + config.http_socket and 'LISTEN_FDS' not in os.environ:
         errors.append(NO_SOCKET)
     for error in errors:
         log(f'minuwsgi: {error}')
@@ -4240,6 +4240,8 @@ def bind(config, inherited, listeners):
         log(f'listen = {config.listen}: the kernel allows {LISTEN_MAX}; for more: sysctl net.core.somaxconn={config.listen}')
     if not listeners:
         raise ConfigError(NO_SOCKET)
+    for name in 'LISTEN_PID', 'LISTEN_FDS', 'LISTEN_FDNAMES':       # used, and not for what the application starts
+        os.environ.pop(name, None)
 
 
 class Pidfile:
