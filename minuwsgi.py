@@ -35,6 +35,10 @@ class ConfigError(Exception):
     """A mistake in the configuration; its text says where, what and what to do."""
 
 
+class AppError(Exception):
+    """The application can't be loaded."""
+
+
 BOOLEANS = {'true': True, 'yes': True, 'on': True, 'false': False, 'no': False, 'off': False, '': True}
 
 
@@ -353,6 +357,17 @@ def read_text(name):
     return content[:-1] if content.endswith('\n') else content
 
 
+def magic_of_file(file, section):
+    absolute, digest = os.path.abspath(file), 5381
+    directory, base = os.path.split(absolute)
+    stem, dot, extension = base.rpartition('.')
+    for byte in os.fsencode(absolute):
+        digest = digest * 33 & 0xffffffff ^ byte
+    return {'o': file, 'p': absolute, 's': base, 'n': stem or base, 'e': extension if dot else '',
+            'd': directory.rstrip('/') + '/', 'c': os.path.basename(directory), 'i': str(os.stat(file).st_ino),
+            'x': '' if section == 'uwsgi' else section, 'j': digest.to_bytes(4, 'little').hex().upper()}
+
+
 def magic(file, section, first_file, first_section):
     """What %n, %d, %k … (file, directory, cores …) stand for; upper case is for the first file."""
     values = {letter.upper(): text for letter, text in magic_of_file(first_file, first_section).items()}
@@ -371,17 +386,6 @@ def magic(file, section, first_file, first_section):
     return values
 
 
-def magic_of_file(file, section):
-    absolute, digest = os.path.abspath(file), 5381
-    directory, base = os.path.split(absolute)
-    stem, dot, extension = base.rpartition('.')
-    for byte in os.fsencode(absolute):
-        digest = digest * 33 & 0xffffffff ^ byte
-    return {'o': file, 'p': absolute, 's': base, 'n': stem or base, 'e': extension if dot else '',
-            'd': directory.rstrip('/') + '/', 'c': os.path.basename(directory), 'i': str(os.stat(file).st_ino),
-            'x': '' if section == 'uwsgi' else section, 'j': digest.to_bytes(4, 'little').hex().upper()}
-
-
 def expand_magic(line, values):
     """Fill in %n, %d, %k …; an unknown one stays (uWSGI drops it)."""
     out, at = '', 0
@@ -392,11 +396,12 @@ def expand_magic(line, values):
     return out + line[at:]
 
 
+RELOADED = 'MINUWSGI_RELOAD'            # the variable that hands state to the new image (part 10)
+
 # What `if-file = X` and the like ask of X; `if-env` and `if-opt` look for a text, see Settings.find().
 TESTS = {'file': os.path.isfile, 'dir': os.path.isdir, 'directory': os.path.isdir, 'exists': os.path.exists,
          'hostname': lambda name: socket.gethostname() == name, 'reload': lambda _: RELOADED in os.environ,
          'plugin': lambda name: name.startswith(('python', 'http', 'cgi')), 'env': None, 'opt': None}
-RELOADED = 'MINUWSGI_RELOAD'            # the variable that hands state to the new image (part 10)
 LOOPS = {'': str.split, 'times': lambda value: [str(i + 1) for i in range(min(leading_number(value), 10000))],
          'glob': glob_sorted, 'readline': lambda value: read_text(value).split('\n')}
 ENDS = 'endif', 'end-if', 'endfor', 'end-for', 'end'
@@ -909,6 +914,52 @@ def listen_max():
 LISTEN_MAX = listen_max()
 
 
+def holder(probe):
+    """Who listens at the other end of a connected unix socket, see unix(7) on SO_PEERCRED."""
+    if not hasattr(socket, 'SO_PEERCRED'):
+        return 'of an unknown pid'
+    pid = int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+    try:
+        with open(f'/proc/{pid}/cmdline', 'rb') as file:
+            command = file.read().replace(b'\0', b' ').decode(errors='replace').strip()
+    except OSError:
+        command = '?'
+    return f'pid {pid} ({command[:200]}); stop it, or choose another name'
+
+
+def remove_stale_socket(path):
+    """Make way for bind(): remove a socket that nobody listens on, and nothing else."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"can't bind {path}: there is a file of that name that isn't a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except OSError as error:
+            raise ConfigError(f"can't bind {path}: a socket is there that {error.strerror}") from None
+        raise ConfigError(f"can't bind {path}: another server listens there, {holder(probe)}")
+
+
+def owner(names):
+    """(uid, gid) for 'user', 'user:group' or ':group', by name or number; -1 leaves one as it is."""
+    import grp
+    import pwd
+    user, _, group = names.partition(':')
+    try:
+        uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid if user else -1
+        gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid if group else -1
+    except KeyError as error:
+        raise ConfigError(f"{names.strip(':')}: {error.args[0]}") from None
+    return uid, gid
+
+
 class Listener:
     """A listening socket.
 
@@ -935,7 +986,6 @@ class Listener:
         except (OSError, ValueError) as error:
             raise ConfigError(f"can't bind {self.address}: {getattr(error, 'strerror', None) or error}") from None
         self.socket.listen(min(config.listen, LISTEN_MAX))
-        self.socket.setblocking(True)
         self.host, _, self.port = self.name.rpartition(':') if self.path is None else ('localhost', '', '80')
 
     def bind_unix(self, address, config):
@@ -981,52 +1031,6 @@ class Listener:
                 os.unlink(self.path)
         except (OSError, TypeError):
             pass
-
-
-def remove_stale_socket(path):
-    """Make way for bind(): remove a socket that nobody listens on, and nothing else."""
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise ConfigError(f"can't bind {path}: there is a file of that name that isn't a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except OSError as error:
-            raise ConfigError(f"can't bind {path}: a socket is there that {error.strerror}") from None
-        raise ConfigError(f"can't bind {path}: another server listens there, {holder(probe)}")
-
-
-def holder(probe):
-    """Who listens at the other end of a connected unix socket, see unix(7) on SO_PEERCRED."""
-    if not hasattr(socket, 'SO_PEERCRED'):
-        return 'of an unknown pid'
-    pid = int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
-    try:
-        with open(f'/proc/{pid}/cmdline', 'rb') as file:
-            command = file.read().replace(b'\0', b' ').decode(errors='replace').strip()
-    except OSError:
-        command = '?'
-    return f'pid {pid} ({command[:200]}); stop it, or choose another name'
-
-
-def owner(names):
-    """(uid, gid) for 'user', 'user:group' or ':group', by name or number; -1 leaves one as it is."""
-    import grp
-    import pwd
-    user, _, group = names.partition(':')
-    try:
-        uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid if user else -1
-        gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid if group else -1
-    except KeyError as error:
-        raise ConfigError(f"{names.strip(':')}: {error.args[0]}") from None
-    return uid, gid
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1145,7 +1149,8 @@ class Expected:
 
     def learn_name(self, raw):
         if raw[:1] != '\0' or len(raw) < 2:             # else the high byte of the size would be ignored
-            raise BadRequest({'\0': 'a variable without a name', '': 'the lengths in the block of variables do not add up'}
+            raise BadRequest({'\0': 'a variable without a name',
+                '': 'the lengths in the block of variables do not add up'}
                              .get(raw, 'a name of more than 255 bytes'))
         name = sys.intern(raw[1:])
         if len(self.names) < 1000:                      # clients can invent headers
@@ -1219,6 +1224,57 @@ def header_key(name):
     return key
 
 
+def target_path(method, target, environ):
+    """The path of a target that doesn't begin with /: http://host/path, or * of OPTIONS."""
+    scheme, slashes, rest = target.partition('://')
+    if slashes and scheme.lower() in ('http', 'https'):
+        environ['HTTP_HOST'], _, path = rest.partition('/')
+        if environ['HTTP_HOST'] and HOST.issuperset(environ['HTTP_HOST']):
+            return '/' + path
+    elif target == '*' and method == 'OPTIONS':
+        return target
+    raise BadRequest(f'the target {target[:100]!r}',
+                     '501 Not Implemented' if method == 'CONNECT' else '400 Bad Request')
+
+
+def unquote(path):
+    from urllib.parse import unquote_to_bytes
+    return unquote_to_bytes(path.encode('latin-1')).decode('latin-1')
+
+
+def parse_first_line(line, environ):
+    parts = line.split(' ')
+    if len(parts) != 3 or not parts[0] or not TOKEN.issuperset(parts[0]):
+        raise BadRequest('the first line is not METHOD TARGET HTTP/1.1')
+    method, target, protocol = parts
+    environ['REQUEST_METHOD'], environ['REQUEST_URI'] = method, target
+    if protocol not in ('HTTP/1.1', 'HTTP/1.0'):
+        other = len(protocol) == 8 and protocol[:5] == 'HTTP/' and protocol[6] == '.' and protocol[5::2].isdecimal()
+        raise BadRequest(f'protocol {protocol[:20]!r}',
+                         '505 HTTP Version Not Supported' if other else '400 Bad Request')
+    environ['SERVER_PROTOCOL'] = protocol
+    if '#' in target or '\t' in target:
+        raise BadRequest('a fragment or a tab in the target')
+    path, _, query = target.partition('?')
+    if path[:1] != '/':
+        path = target_path(method, path, environ)
+    environ['PATH_INFO'] = path if '%' not in path else unquote(path)
+    environ['QUERY_STRING'] = query
+
+
+def join_headers(lines, environ):
+    """Some header came more than once, or is unwanted: gather the values anew."""
+    values = {}
+    for line in lines:
+        name, _, value = line.partition(':')
+        values.setdefault(header_key(name), []).append(value.strip(' \t'))
+    for key, several in values.items():
+        if len(several) > 1 and key in SINGLE:
+            raise BadRequest(f'{key.replace("HTTP_", "")} is there twice')
+        environ[key] = ('; ' if key == 'HTTP_COOKIE' else ', ').join(several)
+    environ.pop('', None)
+
+
 def parse_head(head, environ):
     """Read a request head (bytes, without the empty line at its end) into environ."""
     lines = head.decode('latin-1').split('\r\n')
@@ -1249,57 +1305,6 @@ def parse_head(head, environ):
         environ['HTTP_HOST'] = host
 
 
-def parse_first_line(line, environ):
-    parts = line.split(' ')
-    if len(parts) != 3 or not parts[0] or not TOKEN.issuperset(parts[0]):
-        raise BadRequest('the first line is not METHOD TARGET HTTP/1.1')
-    method, target, protocol = parts
-    environ['REQUEST_METHOD'], environ['REQUEST_URI'] = method, target
-    if protocol not in ('HTTP/1.1', 'HTTP/1.0'):
-        other = len(protocol) == 8 and protocol[:5] == 'HTTP/' and protocol[6] == '.' and protocol[5::2].isdecimal()
-        raise BadRequest(f'protocol {protocol[:20]!r}',
-                         '505 HTTP Version Not Supported' if other else '400 Bad Request')
-    environ['SERVER_PROTOCOL'] = protocol
-    if '#' in target or '\t' in target:
-        raise BadRequest('a fragment or a tab in the target')
-    path, _, query = target.partition('?')
-    if path[:1] != '/':
-        path = target_path(method, path, environ)
-    environ['PATH_INFO'] = path if '%' not in path else unquote(path)
-    environ['QUERY_STRING'] = query
-
-
-def target_path(method, target, environ):
-    """The path of a target that doesn't begin with /: http://host/path, or * of OPTIONS."""
-    scheme, slashes, rest = target.partition('://')
-    if slashes and scheme.lower() in ('http', 'https'):
-        environ['HTTP_HOST'], _, path = rest.partition('/')
-        if environ['HTTP_HOST'] and HOST.issuperset(environ['HTTP_HOST']):
-            return '/' + path
-    elif target == '*' and method == 'OPTIONS':
-        return target
-    raise BadRequest(f'the target {target[:100]!r}',
-                     '501 Not Implemented' if method == 'CONNECT' else '400 Bad Request')
-
-
-def join_headers(lines, environ):
-    """Some header came more than once, or is unwanted: gather the values anew."""
-    values = {}
-    for line in lines:
-        name, _, value = line.partition(':')
-        values.setdefault(header_key(name), []).append(value.strip(' \t'))
-    for key, several in values.items():
-        if len(several) > 1 and key in SINGLE:
-            raise BadRequest(f'{key.replace("HTTP_", "")} is there twice')
-        environ[key] = ('; ' if key == 'HTTP_COOKIE' else ', ').join(several)
-    environ.pop('', None)
-
-
-def unquote(path):
-    from urllib.parse import unquote_to_bytes
-    return unquote_to_bytes(path.encode('latin-1')).decode('latin-1')
-
-
 def words(value):
     """'a, B' -> ['a', 'b']: the value of a header that is a list."""
     return [word.strip(' \t') for word in value.lower().split(',')]
@@ -1309,6 +1314,12 @@ def keeps(environ):
     """May more requests follow on this connection?"""
     wish = words(environ.get('HTTP_CONNECTION', ''))
     return 'close' not in wish and (environ['SERVER_PROTOCOL'] == 'HTTP/1.1' or 'keep-alive' in wish)
+
+
+def content_length(value):
+    if not (value.isascii() and value.isdecimal() and len(value) < 19):
+        raise BadRequest(f'Content-Length {value[:30]!r}')
+    return int(value)
 
 
 def body_length(environ):
@@ -1324,12 +1335,6 @@ def body_length(environ):
                              '501 Not Implemented' if understood else '400 Bad Request')
         return -1
     return content_length(length) if length is not None else 0
-
-
-def content_length(value):
-    if not (value.isascii() and value.isdecimal() and len(value) < 19):
-        raise BadRequest(f'Content-Length {value[:30]!r}')
-    return int(value)
 
 
 def hopeless(data):
@@ -1432,6 +1437,76 @@ def write_some(fd, chunks):
     del chunks[:done]
     if sent:
         chunks[0] = memoryview(chunks[0])[sent:]
+
+
+PATIENCE = 0.01                         # seconds that a worker waits for a client before it hands the job over
+
+
+def send_chunks(fd, chunks, seconds):
+    """Send a list of bytes; the client has `seconds` to take some more each time."""
+    while chunks:
+        try:
+            write_some(fd, chunks)
+        except BlockingIOError:
+            yield select.POLLOUT, seconds
+
+
+def send_file(fd, head, file, offset, count, seconds):
+    """Send head (a list of bytes), then count bytes of a file from offset; close the file's descriptor."""
+    try:
+        yield from send_chunks(fd, head, seconds)
+        while count:
+            try:
+                sent = os.sendfile(fd, file, offset, min(count, 1 << 20))
+            except BlockingIOError:
+                yield select.POLLOUT, seconds
+                continue
+            except ConnectionError:
+                raise ClientGone(0, 'before the end of the file') from None
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                    raise
+                data = os.pread(file, min(count, 1 << 18), offset)      # a file system without sendfile
+                sent = len(data)
+                yield from send_chunks(fd, [data] if data else [], seconds)
+            if not sent:
+                raise OSError(errno.EIO, f'the file became {count} bytes shorter while it was sent')
+            offset += sent
+            count -= sent
+    finally:
+        os.close(file)
+
+
+def drain(fd):
+    """Take what the client still sends, for at most 64 MiB or 2 s of silence, so that it reads our
+    answer: closing with unread bytes would reset the connection, and nginx then answers 502."""
+    with socket.socket(fileno=os.dup(fd)) as connection:
+        connection.shutdown(socket.SHUT_WR)
+    left = 1 << 26
+    os.set_blocking(fd, False)
+    while left > 0:
+        try:
+            got = os.read(fd, READ_MAX)
+        except BlockingIOError:
+            yield select.POLLIN, 2
+            continue
+        if not got:
+            return
+        left -= len(got)
+
+
+def run_a_while(fd, job):
+    """Run a job while the client keeps up. Returns None when it is done, else the job, begun, with
+    what it waits for: (job, event, seconds)."""
+    until = None
+    for event, seconds in job:
+        now = time.monotonic()
+        until = until or now + PATIENCE
+        poll = select.poll()
+        poll.register(fd, event)
+        if now >= until or not poll.poll((until - now) * 1000):
+            return job, event, seconds
+    return None
 
 
 class EmptyInput:
@@ -1605,6 +1680,15 @@ def check_value(name, value):
     """A header's value that isn't only printable: nothing may end the line."""
     if '\n' in value or '\r' in value or '\0' in value:
         raise ValueError(f'a line end or NUL in the value of the header {name}: {value!r}')
+
+
+def trimmed(chunks, size):
+    """The first size bytes of a list of bytes."""
+    kept = []
+    for chunk in chunks:
+        kept.append(chunk[:size])
+        size -= len(kept[-1])
+    return kept
 
 
 class Response:
@@ -1781,55 +1865,12 @@ class Response:
             self.blocking = False
 
 
-def trimmed(chunks, size):
-    """The first size bytes of a list of bytes."""
-    kept = []
-    for chunk in chunks:
-        kept.append(chunk[:size])
-        size -= len(kept[-1])
-    return kept
-
-
 # ---------------------------------------------------------------------------------------------
 # 7. Other answers: static files
 #
 # If an option asks for static files, the application is wrapped in another, which answers GET and
 # HEAD for regular files and leaves everything else to it. A path is followed to its end (links, ..)
 # before it is compared with the directory that it must be in; so no spelling of it leads out.
-
-def with_static_files(config, application):
-    """The application, behind the static files that the options name."""
-    if not (config.check_static or config.static_map or config.static_map2):
-        return application
-    import mimetypes
-    mimetypes.init()                                    # once, before the fork
-    places = [('', directory, False) for directory in config.check_static]
-    for option, whole_path in (config.static_map, False), (config.static_map2, True):
-        for value in option:
-            mount, equals, target = value.partition('=')
-            if not equals:
-                raise AppError(f'static-map = {value}: /prefix=directory is expected')
-            places.append((mount.strip().rstrip('/'), target.strip(), whole_path))
-    for _, target, _ in places:
-        if not os.path.exists(target):
-            log(f'static files: there is no {os.path.abspath(target)}')
-    places = [(mount, os.fsencode(os.path.abspath(target)), whole) for mount, target, whole in places]
-    safe = [os.fsencode(os.path.realpath(directory)) for directory in config.static_safe]
-    indexes = [os.fsencode(name).decode('latin-1') for name in config.static_index]
-    expires = [expiry(value) for value in config.static_expires]
-
-    def static_or_application(environ, start_response):
-        if environ['REQUEST_METHOD'] in ('GET', 'HEAD'):
-            path = environ['PATH_INFO']
-            for mount, root, whole_path in places:
-                if path == mount or path.startswith(mount + '/'):
-                    found = find_file(root, path if whole_path else path[len(mount):], safe, indexes)
-                    if found is not None:
-                        seconds = next((seconds for matches, seconds in expires if matches(path)), None)
-                        return send_static(environ, start_response, *found, seconds)
-        return application(environ, start_response)
-    return static_or_application
-
 
 def expiry(value):
     """'*.css 3600' -> (what tells whether a path matches, 3600); a suffix, a glob or, as in uWSGI, a regex."""
@@ -1866,6 +1907,33 @@ def find_file(root, path, safe, indexes):
         return None
 
 
+def is_fresh(environ, tag, mtime):
+    """Has the client got this version (RFC 9110, 13.2.2)?"""
+    known = environ.get('HTTP_IF_NONE_MATCH')
+    if known is not None:
+        return known.strip() == '*' or any(one.strip().replace('W/', '', 1) == tag for one in known.split(','))
+    from email.utils import mktime_tz, parsedate_tz
+    try:
+        return int(mtime) <= mktime_tz(parsedate_tz(environ['HTTP_IF_MODIFIED_SINCE']))
+    except (KeyError, TypeError, ValueError, OverflowError, IndexError):
+        return False
+
+
+def byte_range(wanted, size):
+    """(first byte, last byte, status) for a Range header; the whole file for one that isn't understood, or for
+    several ranges (RFC 9110, 14.2)."""
+    unit, _, text = wanted.partition('=')
+    begin, dash, end = (part.strip() for part in text.partition('-'))
+    sane = unit.strip().lower() == 'bytes' and dash and len(text) < 40 and text.isascii() and (begin + end).isdecimal()
+    if not sane or begin and end and int(begin) > int(end):
+        return 0, size - 1, '200 OK'
+    first, last = (int(begin), int(end or size)) if begin else (max(0, size - int(end)), size)
+    last = min(last, size - 1)
+    if first > last:
+        return 0, 0, '416 Range Not Satisfiable'
+    return first, last, '206 Partial Content'
+
+
 def send_static(environ, start_response, file, status, name, seconds):
     """Answer with a file, a part of it, or that the client's copy is good."""
     import mimetypes
@@ -1900,31 +1968,38 @@ def send_static(environ, start_response, file, status, name, seconds):
     return FileWrapper(file)
 
 
-def is_fresh(environ, tag, mtime):
-    """Has the client got this version (RFC 9110, 13.2.2)?"""
-    known = environ.get('HTTP_IF_NONE_MATCH')
-    if known is not None:
-        return known.strip() == '*' or any(one.strip().replace('W/', '', 1) == tag for one in known.split(','))
-    from email.utils import mktime_tz, parsedate_tz
-    try:
-        return int(mtime) <= mktime_tz(parsedate_tz(environ['HTTP_IF_MODIFIED_SINCE']))
-    except (KeyError, TypeError, ValueError, OverflowError, IndexError):
-        return False
+def with_static_files(config, application):
+    """The application, behind the static files that the options name."""
+    if not (config.check_static or config.static_map or config.static_map2):
+        return application
+    import mimetypes
+    mimetypes.init()                                    # once, before the fork
+    places = [('', directory, False) for directory in config.check_static]
+    for option, whole_path in (config.static_map, False), (config.static_map2, True):
+        for value in option:
+            mount, equals, target = value.partition('=')
+            if not equals:
+                raise AppError(f'static-map = {value}: /prefix=directory is expected')
+            places.append((mount.strip().rstrip('/'), target.strip(), whole_path))
+    for _, target, _ in places:
+        if not os.path.exists(target):
+            log(f'static files: there is no {os.path.abspath(target)}')
+    places = [(mount, os.fsencode(os.path.abspath(target)), whole) for mount, target, whole in places]
+    safe = [os.fsencode(os.path.realpath(directory)) for directory in config.static_safe]
+    indexes = [os.fsencode(name).decode('latin-1') for name in config.static_index]
+    expires = [expiry(value) for value in config.static_expires]
 
-
-def byte_range(wanted, size):
-    """(first byte, last byte, status) for a Range header; the whole file for one that isn't understood, or for
-    several ranges (RFC 9110, 14.2)."""
-    unit, _, text = wanted.partition('=')
-    begin, dash, end = (part.strip() for part in text.partition('-'))
-    sane = unit.strip().lower() == 'bytes' and dash and len(text) < 40 and text.isascii() and (begin + end).isdecimal()
-    if not sane or begin and end and int(begin) > int(end):
-        return 0, size - 1, '200 OK'
-    first, last = (int(begin), int(end or size)) if begin else (max(0, size - int(end)), size)
-    last = min(last, size - 1)
-    if first > last:
-        return 0, 0, '416 Range Not Satisfiable'
-    return first, last, '206 Partial Content'
+    def static_or_application(environ, start_response):
+        if environ['REQUEST_METHOD'] in ('GET', 'HEAD'):
+            path = environ['PATH_INFO']
+            for mount, root, whole_path in places:
+                if path == mount or path.startswith(mount + '/'):
+                    found = find_file(root, path if whole_path else path[len(mount):], safe, indexes)
+                    if found is not None:
+                        seconds = next((seconds for matches, seconds in expires if matches(path)), None)
+                        return send_static(environ, start_response, *found, seconds)
+        return application(environ, start_response)
+    return static_or_application
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2068,36 +2143,6 @@ class CgiFailed(Exception):
     """A CGI program gives no proper answer: the status for the client, and why."""
 
 
-def cgi_application(config, fallback):
-    """A WSGI application that runs the programs of `cgi`, and leaves what isn't there to fallback (or None)."""
-    import shlex
-    mounts = []
-    for item in config.cgi:
-        mount, equals, target = item.partition('=')
-        mounts.append((mount.rstrip('/') if equals else '', os.path.realpath(target if equals else item)))
-    mounts.sort(key=lambda mount: -len(mount[0]))
-    helpers = {extension: shlex.split(command)
-               for extension, _, command in (item.partition('=') for item in config.cgi_helper)}
-
-    def application(environ, start_response):
-        path = os.fsdecode((environ['SCRIPT_NAME'] + environ['PATH_INFO']).encode('latin-1'))
-        mount, root = next((each for each in mounts if (path + '/').startswith(each[0] + '/')), ('', None))
-        found = root and find_script(root, path[len(mount):], config.cgi_index)
-        if not found:
-            return fallback(environ, start_response) if fallback else in_words(
-                start_response, '404 Not Found', 'there is no such program')
-        file, name, info = found
-        if os.path.isdir(file):
-            return add_slash(environ, start_response, path)
-        helper = helpers.get(os.path.splitext(file)[1], [])
-        if why := forbidden(file, root, helper, config.cgi_allowed_ext):
-            log(f'{file}: {why}')
-            return in_words(start_response, '403 Forbidden', why)
-        variables = cgi_variables(environ, root, file, mount + name, info)
-        return run_cgi([*helper, file], variables, environ['wsgi.input'], config.cgi_timeout, start_response)
-    return application
-
-
 def in_words(start_response, status, why, *headers):
     text = f'{status}: {why}\n'.encode()
     headers += ('Content-Type', 'text/plain; charset=utf-8'), ('Content-Length', str(len(text)))
@@ -2173,37 +2218,6 @@ def start_program(command, variables, body):
             raise CgiFailed('502 Bad Gateway', f"can't be started: {getattr(error, 'strerror', error)}") from None
 
 
-def run_cgi(command, variables, body, seconds, start_response):
-    """Run a program for one request: yields the body of its answer."""
-    import subprocess
-    process, begun = None, False
-    try:
-        process = start_program(command, variables, body)
-        output = cgi_output(process.stdout.fileno(), start_response.__self__.fd, seconds)
-        head, rest = cgi_head(output)
-        status, headers = parse_cgi_head(head)
-        begun = True
-        start_response(status, headers)
-        yield rest
-        yield from output
-        if process.wait(1) < 0:
-            raise CgiFailed('', f'died: {signal.Signals(-process.returncode).name}')
-    except CgiFailed as error:
-        status, why = error.args
-        log(f'{command[-1]}: the program {why}')
-        if begun:
-            raise ClientGone(0, why) from None          # cuts the connection
-        yield from in_words(start_response, status, f'the program {why}')
-    except subprocess.TimeoutExpired:                   # it closed its output, and goes on
-        pass
-    finally:
-        if process and process.returncode is None:      # not reaped yet, so the pid is still its own
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        if process:
-            process.stdout.close()
-
-
 def cgi_output(out, client, seconds):
     """Yields what a program writes, and watches the client meanwhile."""
     poll = select.poll()
@@ -2260,6 +2274,67 @@ def parse_cgi_head(head):
     return status, headers
 
 
+def run_cgi(command, variables, body, seconds, start_response):
+    """Run a program for one request: yields the body of its answer."""
+    import subprocess
+    process, begun = None, False
+    try:
+        process = start_program(command, variables, body)
+        output = cgi_output(process.stdout.fileno(), start_response.__self__.fd, seconds)
+        head, rest = cgi_head(output)
+        status, headers = parse_cgi_head(head)
+        begun = True
+        start_response(status, headers)
+        yield rest
+        yield from output
+        if process.wait(1) < 0:
+            raise CgiFailed('', f'died: {signal.Signals(-process.returncode).name}')
+    except CgiFailed as error:
+        status, why = error.args
+        log(f'{command[-1]}: the program {why}')
+        if begun:
+            raise ClientGone(0, why) from None          # cuts the connection
+        yield from in_words(start_response, status, f'the program {why}')
+    except subprocess.TimeoutExpired:                   # it closed its output, and goes on
+        pass
+    finally:
+        if process and process.returncode is None:      # not reaped yet, so the pid is still its own
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if process:
+            process.stdout.close()
+
+
+def cgi_application(config, fallback):
+    """A WSGI application that runs the programs of `cgi`, and leaves what isn't there to fallback (or None)."""
+    import shlex
+    mounts = []
+    for item in config.cgi:
+        mount, equals, target = item.partition('=')
+        mounts.append((mount.rstrip('/') if equals else '', os.path.realpath(target if equals else item)))
+    mounts.sort(key=lambda mount: -len(mount[0]))
+    helpers = {extension: shlex.split(command)
+               for extension, _, command in (item.partition('=') for item in config.cgi_helper)}
+
+    def application(environ, start_response):
+        path = os.fsdecode((environ['SCRIPT_NAME'] + environ['PATH_INFO']).encode('latin-1'))
+        mount, root = next((each for each in mounts if (path + '/').startswith(each[0] + '/')), ('', None))
+        found = root and find_script(root, path[len(mount):], config.cgi_index)
+        if not found:
+            return fallback(environ, start_response) if fallback else in_words(
+                start_response, '404 Not Found', 'there is no such program')
+        file, name, info = found
+        if os.path.isdir(file):
+            return add_slash(environ, start_response, path)
+        helper = helpers.get(os.path.splitext(file)[1], [])
+        if why := forbidden(file, root, helper, config.cgi_allowed_ext):
+            log(f'{file}: {why}')
+            return in_words(start_response, '403 Forbidden', why)
+        variables = cgi_variables(environ, root, file, mount + name, info)
+        return run_cgi([*helper, file], variables, environ['wsgi.input'], config.cgi_timeout, start_response)
+    return application
+
+
 # ---------------------------------------------------------------------------------------------
 # 8. Jobs and offload threads
 #
@@ -2267,76 +2342,6 @@ def parse_cgi_head(head):
 # does what can be done at once and yields (event, seconds) when it has to wait. The worker runs it
 # itself as long as the client keeps up, which is the cheapest way; then the job moves to a thread
 # that waits for hundreds of descriptors at a time. sendfile(2) and writev(2) run without the GIL.
-
-PATIENCE = 0.01                         # seconds that a worker waits for a client before it hands the job over
-
-
-def send_chunks(fd, chunks, seconds):
-    """Send a list of bytes; the client has `seconds` to take some more each time."""
-    while chunks:
-        try:
-            write_some(fd, chunks)
-        except BlockingIOError:
-            yield select.POLLOUT, seconds
-
-
-def send_file(fd, head, file, offset, count, seconds):
-    """Send head (a list of bytes), then count bytes of a file from offset; close the file's descriptor."""
-    try:
-        yield from send_chunks(fd, head, seconds)
-        while count:
-            try:
-                sent = os.sendfile(fd, file, offset, min(count, 1 << 20))
-            except BlockingIOError:
-                yield select.POLLOUT, seconds
-                continue
-            except ConnectionError:
-                raise ClientGone(0, 'before the end of the file') from None
-            except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-                    raise
-                data = os.pread(file, min(count, 1 << 18), offset)      # a file system without sendfile
-                sent = len(data)
-                yield from send_chunks(fd, [data] if data else [], seconds)
-            if not sent:
-                raise OSError(errno.EIO, f'the file became {count} bytes shorter while it was sent')
-            offset += sent
-            count -= sent
-    finally:
-        os.close(file)
-
-
-def drain(fd):
-    """Take what the client still sends, for at most 64 MiB or 2 s of silence, so that it reads our
-    answer: closing with unread bytes would reset the connection, and nginx then answers 502."""
-    with socket.socket(fileno=os.dup(fd)) as connection:
-        connection.shutdown(socket.SHUT_WR)
-    left = 1 << 26
-    os.set_blocking(fd, False)
-    while left > 0:
-        try:
-            got = os.read(fd, READ_MAX)
-        except BlockingIOError:
-            yield select.POLLIN, 2
-            continue
-        if not got:
-            return
-        left -= len(got)
-
-
-def run_a_while(fd, job):
-    """Run a job while the client keeps up. Returns None when it is done, else the job, begun, with
-    what it waits for: (job, event, seconds)."""
-    until = None
-    for event, seconds in job:
-        now = time.monotonic()
-        until = until or now + PATIENCE
-        poll = select.poll()
-        poll.register(fd, event)
-        if now >= until or not poll.poll((until - now) * 1000):
-            return job, event, seconds
-    return None
-
 
 class Offloader:
     """A thread of a worker that runs jobs. It starts with the first job."""
@@ -2428,6 +2433,9 @@ class Offloader:
 # interrupted is tried again by Python (PEP 475) and fails; a connection that came before is served.
 # A signal between Python's check and the system call would go unnoticed until the next connection,
 # which is why the master repeats it.
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
+           signal.SIGCHLD)
 
 # A row of the scoreboard, one for each core, in shared memory: the last packet, then these numbers.
 PID, NUMBER, READY, STARTED, REQUESTS, ERRORS, BUSY, LEAVING = range(8)
@@ -2521,6 +2529,10 @@ def in_turn(*jobs):
         yield from job
 
 
+class Harakiri(BaseException):
+    """Breaks a request off that took longer than the option harakiri allows."""
+
+
 class Core:
     """What serves one request at a time: a worker with one thread has one, others one for each thread."""
 
@@ -2537,7 +2549,8 @@ class Core:
             'SERVER_PORT': '80', 'SERVER_PROTOCOL': 'HTTP/1.1', 'wsgi.version': (1, 0), 'wsgi.url_scheme': 'http',
             'wsgi.input': EmptyInput(), 'wsgi.errors': sys.stderr, 'wsgi.multithread': self.config.threads > 1,
             'wsgi.multiprocess': self.config.processes > 1, 'wsgi.run_once': False, 'wsgi.file_wrapper': FileWrapper,
-            'wsgi.input_terminated': True, 'uwsgi.version': __version__.encode(), 'uwsgi.node': os.uname().nodename.encode()}
+            'wsgi.input_terminated': True, 'uwsgi.version': __version__.encode(),
+            'uwsgi.node': os.uname().nodename.encode()}
         self.expected = Expected(self.template)
 
     def serve(self, accept):
@@ -2664,7 +2677,8 @@ class Core:
         length = body_length(environ) if self.response.http else content_length(environ['CONTENT_LENGTH'])
         limit = self.config.limit_post
         if limit and length > limit:
-            raise BadRequest(f'the body has {length} bytes, the option limit-post allows {limit}', '413 Content Too Large')
+            raise BadRequest(f'the body has {length} bytes, the option limit-post allows {limit}',
+                '413 Content Too Large')
         if 0 <= length <= len(begun):
             environ['wsgi.input'] = io.BytesIO(begun[:length])
             return None
@@ -2701,7 +2715,8 @@ class Core:
             return
         answer = plain_answer(status, why, response.date.decode() if response.http else '')
         response.status, response.sent, response.keep = status, True, False
-        response.head, response.headers, response.size = answer[:answer.index(b'\r\n\r\n') + 4], (1, 2, 3), len(status) + 1
+        response.head, response.headers, response.size = answer[:answer.index(b'\r\n\r\n') + 4], (1, 2,
+            3), len(status) + 1
         try:
             os.write(response.fd, response.head if response.head_only else answer)
         except OSError:
@@ -2758,7 +2773,8 @@ class Core:
         now = time.time()
         zone = time.strftime('%z', time.localtime(now))
         values.update({
-            'uri': environ.get('REQUEST_URI'), 'method': environ.get('REQUEST_METHOD'), 'user': environ.get('REMOTE_USER'),
+            'uri': environ.get('REQUEST_URI'), 'method': environ.get('REQUEST_METHOD'),
+            'user': environ.get('REMOTE_USER'),
             'addr': address, 'host': environ.get('HTTP_HOST'), 'proto': environ.get('SERVER_PROTOCOL'),
             'uagent': environ.get('HTTP_USER_AGENT'), 'referer': environ.get('HTTP_REFERER'), 'status': status,
             'rsize': self.response.size, 'cl': environ.get('CONTENT_LENGTH') or 0, 'micros': int(took * 1e6),
@@ -2915,7 +2931,8 @@ class Core:
         numbers[BUSY] += now - began
         if self.worker.logging:
             self.log_request(environ, len(environ) - len(connection.environ), max(end, 0) + 4, now - began)
-        response.sent, response.size, response.end, response.http, response.chunked = False, 0, response.extra + '\r\n', False, False
+        response.sent, response.size, response.http, response.chunked = False, 0, False, False
+        response.end = response.extra + '\r\n'
         response.body = None
         numbers[STARTED] = 0.0
         if self.requests >= self.worker.limit:
@@ -2948,10 +2965,6 @@ class Core:
         return body
 
 
-class Harakiri(BaseException):
-    """Breaks a request off that took longer than the option harakiri allows."""
-
-
 class Worker:
     """A process that serves: its cores, and what they share."""
 
@@ -2976,7 +2989,8 @@ class Worker:
         self.log_fd = 2
         for target in config.req_logger:
             if 'file:' in target:
-                self.log_fd = os.open(target.partition('file:')[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+                self.log_fd = os.open(target.partition('file:')[2],
+                    os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
                                       | os.O_CLOEXEC, 0o640)
         self.limit = self.most = math.inf               # requests until check_limits(), until we leave
         if config.max_requests:                         # not all workers at the same time
@@ -3229,37 +3243,6 @@ class Worker:
 # proof; if that fails, nothing else happens. Then the master executes itself anew with the same pid.
 # It inherits the sockets and the old workers, which go on serving, and replaces them one by one.
 
-class AppError(Exception):
-    """The application can't be loaded."""
-
-
-def load_application(config):
-    """The WSGI application that the options name, with its mounts; or the command that workers become."""
-    command = worker_command(config)
-    if command:
-        return check_command(command, config)
-    import importlib
-    for name in getattr(config, 'import'):
-        importlib.import_module(name)
-    mounts = {}
-    for mount in config.mount:
-        prefix, _, spec = mount.partition('=')
-        mounts[prefix.rstrip('/')] = load_spec(spec, config)
-    default = None
-    if config.module:
-        default = load_module(config.module, config.callable)
-    elif config.wsgi_file:
-        default = load_file(config.wsgi_file, config.callable)
-    if config.cgi:
-        default = cgi_application(config, default)
-    if default is None and not mounts:
-        raise AppError('no application is named: set module = package.module:callable or wsgi-file = FILE')
-    application = mounted(mounts, mounts.pop('', default), config.manage_script_name) if mounts else default
-    if config.chdir2:
-        os.chdir(config.chdir2)
-    return with_static_files(config, application)
-
-
 def check_command(command, config):
     """Is the program there? For --check, and so before a reload: does it load its application?"""
     import shutil
@@ -3273,8 +3256,17 @@ def check_command(command, config):
     return command
 
 
-def load_spec(spec, config):
-    return (load_file if spec.endswith(('.py', '.wsgi')) else load_module)(spec, config.callable)
+def find_callable(module, attribute, spec):
+    """The application in a module: name, a.b, or factory()."""
+    found, name = module, attribute[:-2] if attribute.endswith('()') else attribute
+    try:
+        for part in name.split('.'):
+            found = getattr(found, part)
+    except AttributeError:
+        there = [n for n in ('application', 'app', 'create_app') if hasattr(module, n)]
+        hint = f'; it has {there[0]!r}: set callable = {there[0]}' if there else ''
+        raise AppError(f'{spec.partition(":")[0]} has no {name!r}{hint}') from None
+    return found() if name != attribute else found
 
 
 def load_module(spec, name):
@@ -3303,17 +3295,8 @@ def load_file(name, attribute):
     return find_callable(found, attribute, name)
 
 
-def find_callable(module, attribute, spec):
-    """The application in a module: name, a.b, or factory()."""
-    found, name = module, attribute[:-2] if attribute.endswith('()') else attribute
-    try:
-        for part in name.split('.'):
-            found = getattr(found, part)
-    except AttributeError:
-        there = [n for n in ('application', 'app', 'create_app') if hasattr(module, n)]
-        hint = f'; it has {there[0]!r}: set callable = {there[0]}' if there else ''
-        raise AppError(f'{spec.partition(":")[0]} has no {name!r}{hint}') from None
-    return found() if name != attribute else found
+def load_spec(spec, config):
+    return (load_file if spec.endswith(('.py', '.wsgi')) else load_module)(spec, config.callable)
 
 
 def mounted(mounts, default, manage):
@@ -3335,8 +3318,31 @@ def mounted(mounts, default, manage):
     return application
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
-           signal.SIGCHLD)
+def load_application(config):
+    """The WSGI application that the options name, with its mounts; or the command that workers become."""
+    command = worker_command(config)
+    if command:
+        return check_command(command, config)
+    import importlib
+    for name in getattr(config, 'import'):
+        importlib.import_module(name)
+    mounts = {}
+    for mount in config.mount:
+        prefix, _, spec = mount.partition('=')
+        mounts[prefix.rstrip('/')] = load_spec(spec, config)
+    default = None
+    if config.module:
+        default = load_module(config.module, config.callable)
+    elif config.wsgi_file:
+        default = load_file(config.wsgi_file, config.callable)
+    if config.cgi:
+        default = cgi_application(config, default)
+    if default is None and not mounts:
+        raise AppError('no application is named: set module = package.module:callable or wsgi-file = FILE')
+    application = mounted(mounts, mounts.pop('', default), config.manage_script_name) if mounts else default
+    if config.chdir2:
+        os.chdir(config.chdir2)
+    return with_static_files(config, application)
 
 
 class Stopped(BaseException):
@@ -3511,9 +3517,10 @@ class Stats:
         workers = [child for child in self.master.children.values() if child.is_ready()]
         busy = [child for child in workers if len(child.busy()) == self.master.config.threads
                 and all(now - row.numbers[STARTED] > limit for row in child.busy())]
-        if workers and len(busy) < len(workers):
+        if len(busy) < len(workers):
             return '200 OK', 'text/plain', b'ok\n'
-        return '503 Service Unavailable', 'text/plain', f'all {len(workers)} workers are busy for > {limit} s\n'.encode()
+        text = f'all {len(workers)} workers are busy for more than {limit} s\n'
+        return '503 Service Unavailable', 'text/plain', text.encode()
 
     def worker(self, child):
         numbers = [row.numbers for row in child.rows or ()]
@@ -3527,15 +3534,18 @@ class Stats:
         requests = int(total['requests'])
         status = 'busy' if child.busy() else 'idle'
         return {'id': child.number, 'pid': child.pid, 'accepting': int(child.is_ready() and not child.stop_with),
-                'requests': requests, 'delta_requests': requests, 'exceptions': int(total['errors']), 'harakiri_count': 0,
+                'requests': requests, 'delta_requests': requests, 'exceptions': int(total['errors']),
+                'harakiri_count': 0,
                 'signals': 0, 'signal_queue': 0, 'status': status, 'rss': rss, 'vsz': vsz,
-                'running_time': int(total['busy'] * 1e6), 'last_spawn': int(time.time() - time.monotonic() + child.born),
+                'running_time': int(total['busy'] * 1e6),
+                'last_spawn': int(time.time() - time.monotonic() + child.born),
                 'respawn_count': 1, 'tx': 0,
                 'avg_rt': int(total['busy'] * 1e6 / requests) if requests else 0,
                 'apps': [{'id': 0, 'modifier1': 0, 'mountpoint': '', 'startup_time': 0, 'requests': requests,
                           'exceptions': int(total['errors']), 'chdir': ''}],
                 'cores': [{'id': i, 'requests': int(row[REQUESTS]), 'static_requests': 0, 'routed_requests': 0,
-                           'offloaded_requests': 0, 'write_errors': 0, 'read_errors': 0, 'in_request': int(row[STARTED] > 0),
+                           'offloaded_requests': 0, 'write_errors': 0, 'read_errors': 0,
+                           'in_request': int(row[STARTED] > 0),
                            'vars': [], 'req_info': {}} for i, row in enumerate(numbers)]}
 
     def json(self):
@@ -3545,24 +3555,26 @@ class Stats:
             'version': __version__, 'listen_queue': sum(waiting for waiting, _ in queues), 'listen_queue_errors': 0,
             'signal_queue': 0, 'load': sum(waiting for waiting, _ in queues), 'pid': os.getpid(), 'uid': os.getuid(),
             'gid': os.getgid(), 'cwd': os.getcwd(), 'locks': [],
-            'sockets': [{'name': listener.name, 'proto': listener.protocol, 'queue': waiting, 'max_queue': most, 'shared': 0,
+            'sockets': [{'name': listener.name, 'proto': listener.protocol, 'queue': waiting, 'max_queue': most,
+            'shared': 0,
                          'can_offload': 1} for listener, (waiting, most) in zip(self.master.listeners, queues)],
             'workers': [self.worker(child) for child in sorted(self.master.children.values(), key=lambda c: c.number)],
         }, indent='\t').encode()
 
     def metrics(self):
-        lines = []
         workers = [self.worker(child) for child in self.master.children.values()]
-        for name, kind, key in (('requests_total', 'counter', 'requests'), ('errors_total', 'counter', 'exceptions'),
-                                ('rss_bytes', 'gauge', 'rss'),
-                                ('busy', 'gauge', 'status')):
-            lines.append(f'# TYPE minuwsgi_worker_{name} {kind}')
-            lines += [f'minuwsgi_worker_{name}{{worker="{w["id"]}"}} {int(w[key] == "busy") if key == "status" else w[key]}'
-                      for w in workers]
-        lines.append('# TYPE minuwsgi_listen_queue gauge')
-        lines += [f'minuwsgi_listen_queue{{socket="{listener.name}"}} {queue(listener)[0]}' for listener in self.master.listeners]
-        lines += ['# TYPE minuwsgi_worker_deaths_total counter', f'minuwsgi_worker_deaths_total {self.master.deaths}', '']
-        return '\n'.join(lines).encode()
+        lines = []
+        for name, kind, values in (
+                ('worker_requests_total', 'counter', [(w['id'], w['requests']) for w in workers]),
+                ('worker_errors_total', 'counter', [(w['id'], w['exceptions']) for w in workers]),
+                ('worker_rss_bytes', 'gauge', [(w['id'], w['rss']) for w in workers]),
+                ('worker_busy', 'gauge', [(w['id'], int(w['status'] == 'busy')) for w in workers]),
+                ('listen_queue', 'gauge', [(one.name, queue(one)[0]) for one in self.master.listeners]),
+                ('worker_deaths_total', 'counter', [('all', self.master.deaths)])):
+            lines.append(f'# TYPE minuwsgi_{name} {kind}')
+            label = 'socket' if name == 'listen_queue' else 'worker'
+            lines += [f'minuwsgi_{name}{{{label}="{which}"}} {value}' for which, value in values]
+        return '\n'.join([*lines, '']).encode()
 
 
 notify = Notify()
@@ -3586,7 +3598,8 @@ def offer_uwsgi_module(config):
         'request_id': lambda: int(module.worker.rows[0].numbers[REQUESTS]) + 1,
         'total_requests': lambda: module.worker.total[0],
         'workers': lambda: tuple(row.as_worker() for row in module.worker.all_rows if row.numbers[PID]),
-        'reload': lambda: os.kill(master, signal.SIGHUP) or True, 'stop': lambda: os.kill(master, signal.SIGTERM) or True,
+        'reload': lambda: os.kill(master, signal.SIGHUP) or True,
+        'stop': lambda: os.kill(master, signal.SIGTERM) or True,
         'log': lambda message: log(message) or True, 'ready': lambda: True,
         'set_user_harakiri': lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds) and None,
         'setprocname': lambda name: None, 'accepting': lambda: None})
@@ -3623,6 +3636,33 @@ class Child:
 
     def answered(self):
         return sum(int(row.numbers[REQUESTS]) for row in self.rows or ())
+
+
+def load_or_log(config):
+    """The application, or None after its traceback was logged."""
+    try:
+        return load_application(config)
+    except AppError as error:
+        log(f'minuwsgi: {error}')
+    except Stopped:
+        raise
+    except BaseException:
+        log_exception('minuwsgi: the application failed to load')
+    return None
+
+
+def finish_process():
+    """The end of a worker: its threads and atexit functions, but not the interpreter's own
+    dismantling, which would touch, and so copy, every page that is shared with the master."""
+    import atexit
+    if 'threading' in sys.modules:
+        sys.modules['threading']._shutdown()
+    atexit._run_exitfuncs()
+    for stream in sys.stdout, sys.stderr:
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            pass
 
 
 class Master:
@@ -3761,7 +3801,8 @@ class Master:
                 since = min((row.numbers[STARTED] for row in child.busy()), default=math.inf)
                 if now >= since + self.config.harakiri:         # it has a second to tell where it is
                     os.kill(child.pid, signal.SIGALRM)
-                    child.kill_at, child.why_killed = now + self.config.harakiri_graceful_timeout, f'harakiri = {self.config.harakiri}'
+                    child.kill_at = now + self.config.harakiri_graceful_timeout
+                    child.why_killed = f'harakiri = {self.config.harakiri}'
             lifetime = self.config.max_worker_lifetime
             if lifetime and child.rows and now >= self.end_of_life(child) and not child.must_go():
                 log(f'worker {child.number} (pid {child.pid}) leaves: max-worker-lifetime')
@@ -3779,7 +3820,8 @@ class Master:
             if not child.is_ready() and child.rows[0].numbers[READY]:
                 deadlines.append(child.rows[0].numbers[READY])
             if self.config.harakiri and child.kill_at == math.inf:      # no request can be overdue before that
-                deadlines.append(min((row.numbers[STARTED] for row in child.busy()), default=now) + self.config.harakiri)
+                deadlines.append(min((row.numbers[STARTED] for row in child.busy()),
+                    default=now) + self.config.harakiri)
             if not child.is_ready() and child.rows[0].numbers[READY]:
                 deadlines.append(child.rows[0].numbers[READY])
             if self.config.max_worker_lifetime and child.rows and not child.must_go():
@@ -3805,7 +3847,8 @@ class Master:
             self.scale(busy, len(serving))
         if self.command and self.config.reload_on_rss:
             self.weigh_programs()
-        if self.config.idle and self.config.die_on_idle and not self.command and now - self.last_busy > self.config.idle:
+        limit = self.config.idle if self.config.die_on_idle and not self.command else 0
+        if limit and now - self.last_busy > limit:
             log(f'idle for {self.config.idle} s')
             self.stop()
 
@@ -3954,8 +3997,8 @@ class Master:
                 other.kill_at = 0
             return
         self.deaths += 1
-        log(f'worker {child.number} (pid {child.pid}) died: {self.describe_exit(code)}'
-            + (f', at {doing}' if doing else ', while idle' if ready else ', before it was ready') + f', peak rss {rss} MB')
+        when = f'at {doing}' if doing else 'while idle' if ready else 'before it was ready'
+        log(f'worker {child.number} (pid {child.pid}) died: {self.describe_exit(code)}, {when}, peak rss {rss} MB')
         self.failures = 0 if answered or doing else self.failures + 1
         if self.failures:
             delay = min(30, 0.5 * 2 ** (self.failures - 1))
@@ -3994,7 +4037,8 @@ class Master:
         import json
         state = {'sockets': [(listener.address, listener.protocol, listener.socket.fileno(), listener.inode)
                              for listener in self.listeners],
-                 'workers': [(child.pid, child.number, child.lifeline, child.retire) for child in self.children.values()],
+                 'workers': [(child.pid, child.number, child.lifeline,
+                 child.retire) for child in self.children.values()],
                  'pidfile': self.pidfile and self.pidfile.fd, 'again': self.reload_wanted}
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
         for fd in (*(entry[2] for entry in state['sockets'] + state['workers']), state['pidfile']):
@@ -4008,33 +4052,6 @@ class Master:
         for pid, number, lifeline, retire in workers:
             os.set_inheritable(lifeline, False)
             self.children[pid] = Child(pid, number, None, lifeline, retire)
-
-
-def load_or_log(config):
-    """The application, or None after its traceback was logged."""
-    try:
-        return load_application(config)
-    except AppError as error:
-        log(f'minuwsgi: {error}')
-    except Stopped:
-        raise
-    except BaseException:
-        log_exception('minuwsgi: the application failed to load')
-    return None
-
-
-def finish_process():
-    """The end of a worker: its threads and atexit functions, but not the interpreter's own
-    dismantling, which would touch, and so copy, every page that is shared with the master."""
-    import atexit
-    if 'threading' in sys.modules:
-        sys.modules['threading']._shutdown()
-    atexit._run_exitfuncs()
-    for stream in sys.stdout, sys.stderr:
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            pass
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4123,6 +4140,19 @@ def curl(address, path='/'):
         sys.stdout.flush()
 
 
+def set_limits(config):
+    if config.max_fd or config.limit_as:
+        import resource
+        for name, kind, limit in (('max-fd', resource.RLIMIT_NOFILE, config.max_fd),
+                                  ('limit-as', resource.RLIMIT_AS, config.limit_as << 20)):
+            hard = resource.getrlimit(kind)[1]
+            try:
+                if limit:
+                    resource.setrlimit(kind, (limit, hard if hard < 0 else max(limit, hard)))
+            except (OSError, ValueError) as error:
+                log(f'{name}: {error}')
+
+
 def prepare(config):
     """Make the process what the options ask for; what the application sees is in place then."""
     if config.umask is not None:
@@ -4143,19 +4173,6 @@ def prepare(config):
     sys.modules.setdefault('minuwsgi', sys.modules[__name__])       # `module = minuwsgi:demo` is this file
 
 
-def set_limits(config):
-    if config.max_fd or config.limit_as:
-        import resource
-        for name, kind, limit in (('max-fd', resource.RLIMIT_NOFILE, config.max_fd),
-                                  ('limit-as', resource.RLIMIT_AS, config.limit_as << 20)):
-            hard = resource.getrlimit(kind)[1]
-            try:
-                if limit:
-                    resource.setrlimit(kind, (limit, hard if hard < 0 else max(limit, hard)))
-            except (OSError, ValueError) as error:
-                log(f'{name}: {error}')
-
-
 def enter_python(config):
     """Go on as the Python of `virtualenv`, unless this is it."""
     directory = os.path.abspath(config.virtualenv or sys.prefix)
@@ -4166,26 +4183,6 @@ def enter_python(config):
         there = 'it has no bin/python' if os.path.isdir(directory) else 'there is no such directory'
         raise ConfigError(f'virtualenv = {directory}: {there}; make one with: python3 -m venv {directory}')
     os.execv(python, [python, os.path.abspath(sys.argv[0]), *sys.argv[1:]])
-
-
-def check(config):
-    """Print each line of the configuration, then all that would stop a start. The exit code."""
-    offer_uwsgi_module(config)
-    show_config(config)
-    errors = list(config.errors)
-    trials = [(prepare, config), (owner, f'{config.uid or ""}:{config.gid or ""}'), (owner, config.chown_socket or '')]
-    trials += [(try_address, address) for address in config.socket + config.uwsgi_socket + config.http_socket]
-    for trial, what in trials:
-        try:
-            trial(what)
-        except ConfigError as error:
-            errors.append(str(error))
-    if not config.socket + config.uwsgi_socket + config.http_socket and 'LISTEN_FDS' not in os.environ:
-        errors.append(NO_SOCKET)
-    for error in errors:
-        log(f'minuwsgi: {error}')
-    loaded = load_or_log(config) is not None
-    return EXIT_CONFIG if errors else 0 if loaded else EXIT_NO_APP
 
 
 def try_address(address):
@@ -4207,6 +4204,26 @@ def try_address(address):
 
 
 NO_SOCKET = 'no socket is named: set socket = PATH or http-socket = :8000'
+
+
+def check(config):
+    """Print each line of the configuration, then all that would stop a start. The exit code."""
+    offer_uwsgi_module(config)
+    show_config(config)
+    errors = list(config.errors)
+    trials = [(prepare, config), (owner, f'{config.uid or ""}:{config.gid or ""}'), (owner, config.chown_socket or '')]
+    trials += [(try_address, address) for address in config.socket + config.uwsgi_socket + config.http_socket]
+    for trial, what in trials:
+        try:
+            trial(what)
+        except ConfigError as error:
+            errors.append(str(error))
+    if not config.socket + config.uwsgi_socket + config.http_socket and 'LISTEN_FDS' not in os.environ:
+        errors.append(NO_SOCKET)
+    for error in errors:
+        log(f'minuwsgi: {error}')
+    loaded = load_or_log(config) is not None
+    return EXIT_CONFIG if errors else 0 if loaded else EXIT_NO_APP
 
 
 def activated():
@@ -4232,12 +4249,13 @@ def bind(config, inherited, listeners):
         fd, inode = kept.pop((address, protocol), None) or (given.pop(name, None), None)
         listeners.append(Listener(address, protocol, config, fd, inode))
     for fd in given.values():                           # named by systemd alone
-        fd, _ = kept.pop((f'fd://{fd}', 'uwsgi'), (fd, None))
-        listeners.append(Listener(f'fd://{fd}', 'uwsgi', config, fd))
+        fd, _ = kept.pop((f'fd://{fd}', config.protocol), (fd, None))
+        listeners.append(Listener(f'fd://{fd}', config.protocol, config, fd))
     for (address, protocol), (fd, inode) in kept.items():           # the new configuration has it no more
         Listener(address, protocol, config, fd, inode).vacuum()
     if config.listen > LISTEN_MAX:
-        log(f'listen = {config.listen}: the kernel allows {LISTEN_MAX}; for more: sysctl net.core.somaxconn={config.listen}')
+        log(f'listen = {config.listen}: the kernel allows {LISTEN_MAX}; '
+            f'for more: sysctl net.core.somaxconn={config.listen}')
     if not listeners:
         raise ConfigError(NO_SOCKET)
     for name in 'LISTEN_PID', 'LISTEN_FDS', 'LISTEN_FDNAMES':       # used, and not for what the application starts
@@ -4298,15 +4316,25 @@ def drop_privileges(config):
         raise ConfigError('uid: the privileges of root could not be dropped')
 
 
-def serve(config, start):
-    """The server, until it is told to stop. Its exit code."""
-    owned = []
-    try:
-        return bind_load_and_run(config, start, owned)
-    except Stopped:
-        log('stopped while starting')
-        vacuum(config, owned)
-        return 0
+def vacuum(config, listeners):
+    for listener in listeners if config.vacuum else ():
+        listener.vacuum()
+
+
+def serve_alone(config, listeners, application):
+    """Without a master: this process is the worker."""
+    rows = [Row() for _ in range(config.threads)]
+    if type(application) is list:
+        become(application, [listener.socket for listener in listeners])
+        return EXIT_NO_APP
+    worker = Worker(config, listeners, application, rows, memoryview(bytearray(8)).cast('Q'), 1, None)
+    worker.handle_signals()
+    signal.signal(signal.SIGINT, worker.on_stop)
+    log('ready: this process serves, without a master')
+    worker.run()
+    finish_process()
+    vacuum(config, listeners)
+    return 0
 
 
 def bind_load_and_run(config, start, owned):
@@ -4360,25 +4388,15 @@ def bind_load_and_run(config, start, owned):
     return master.run()
 
 
-def vacuum(config, listeners):
-    for listener in listeners if config.vacuum else ():
-        listener.vacuum()
-
-
-def serve_alone(config, listeners, application):
-    """Without a master: this process is the worker."""
-    rows = [Row() for _ in range(config.threads)]
-    if type(application) is list:
-        become(application, [listener.socket for listener in listeners])
-        return EXIT_NO_APP
-    worker = Worker(config, listeners, application, rows, memoryview(bytearray(8)).cast('Q'), 1, None)
-    worker.handle_signals()
-    signal.signal(signal.SIGINT, worker.on_stop)
-    log('ready: this process serves, without a master')
-    worker.run()
-    finish_process()
-    vacuum(config, listeners)
-    return 0
+def serve(config, start):
+    """The server, until it is told to stop. Its exit code."""
+    owned = []
+    try:
+        return bind_load_and_run(config, start, owned)
+    except Stopped:
+        log('stopped while starting')
+        vacuum(config, owned)
+        return 0
 
 
 def send_signal(what, name=''):
@@ -4434,3 +4452,5 @@ def main(arguments):
 
 if __name__ == '__main__':
     sys.exit(main(sys.argv[1:]))
+
+

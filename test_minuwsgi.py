@@ -44,7 +44,8 @@ MINUWSGI = HERE / 'minuwsgi.py'
 sys.path.insert(0, str(HERE))
 import minuwsgi                                                             # noqa: E402
 
-PATIENCE = float(os.environ.get('MINUWSGI_PATIENCE', 20))     # seconds after which an event that doesn't come is a failure
+PATIENCE = float(os.environ.get('MINUWSGI_PATIENCE',
+    20))     # seconds after which an event that doesn't come is a failure
 
 HELLO = '''
 def application(environ, start_response):
@@ -271,7 +272,8 @@ def shared():
             directory = pathlib.Path(tempfile.mkdtemp(prefix='mu'))
             (directory / 'app.py').write_text(app)
             port = free_port()
-            (directory / 'app.ini').write_text(f'[uwsgi]\nsocket = s\nhttp-socket = 127.0.0.1:{port}\nmodule = app\n{ini}\n')
+            (directory / 'app.ini').write_text(
+                f'[uwsgi]\nsocket = s\nhttp-socket = 127.0.0.1:{port}\nmodule = app\n{ini}\n')
             servers[app, ini] = Server(directory, ['app.ini'])
             servers[app, ini].http = '127.0.0.1', port
         return servers[app, ini].ready()
@@ -1018,7 +1020,8 @@ class TestSockets:
         assert code == 1 and f"can't bind 127.0.0.1:{server.http[1]}: Address already in use" in output
 
     @pytest.mark.parametrize('address, words', [
-        ('nowhere/s', 'there is no directory'), ('x' * 120, 'longer than the 107 bytes'), ('127.0.0.1:http', 'is no port'),
+        ('nowhere/s', 'there is no directory'), ('x' * 120, 'longer than the 107 bytes'),
+        ('127.0.0.1:http', 'is no port'),
         ('256.1.1.1:80', "can't bind"), ('fd://99', "can't bind"), ('127.0.0.1:70000', 'is no port')])
     def test_an_address_that_cannot_be_bound_is_told(self, tmp, address, words):
         code, output = run(tmp, '--socket', address, '--module', 'minuwsgi:demo')
@@ -1105,7 +1108,8 @@ class TestCodec:
         """The guess from earlier packets never changes what a packet says."""
         import random
         chance = random.Random(5)
-        names = [*minuwsgi.CONSTANT, 'REQUEST_METHOD', 'QUERY_STRING', 'CONTENT_LENGTH', 'REQUEST_URI', 'HTTP_A', 'HTTP_B',
+        names = [*minuwsgi.CONSTANT, 'REQUEST_METHOD', 'QUERY_STRING', 'CONTENT_LENGTH', 'REQUEST_URI', 'HTTP_A',
+            'HTTP_B',
                  'HTTP_COOKIE', 'HTTP_CONTENT_TYPE', 'PATH_INFO']
         values = ['', 'GET', '/', 'x' * 300, 'http', 'on', '\xff\0']
         row, expected = minuwsgi.Row(), minuwsgi.Expected({'base': 'x'})
@@ -1971,7 +1975,8 @@ def write(e, s):
 def empty(e, s):
     s('200 OK', [('X-Empty', 'yes')]); return []
 def environ(e, s):
-    body = repr({k: repr(v) if type(v) is not str else v for k, v in e.items()}).encode(); s('200 OK', []); return [body]
+    body = repr({k: repr(v) if type(v) is not str else v for k, v in e.items()}).encode()
+    s('200 OK', []); return [body]
 def read(e, s):
     i = e['wsgi.input']
     out = eval(e['QUERY_STRING'], {'i': i}); s('200 OK', []); return [repr(out).encode()]
@@ -2079,15 +2084,18 @@ class TestWSGI:
 
     @pytest.mark.parametrize('variables, scheme', [
         ({}, 'http'), ({'REQUEST_SCHEME': 'https'}, 'https'), ({'HTTPS': 'on'}, 'https'), ({'HTTPS': ''}, 'http'),
-        ({'HTTPS': 'off'}, 'http'), ({'UWSGI_SCHEME': 'https'}, 'https'), ({'HTTP_X_FORWARDED_PROTO': 'https'}, 'http')])
+        ({'HTTPS': 'off'}, 'http'), ({'UWSGI_SCHEME': 'https'}, 'https'),
+        ({'HTTP_X_FORWARDED_PROTO': 'https'}, 'http')])
     def test_the_scheme_is_what_the_web_server_says(self, apps, variables, scheme):
         for _ in range(3):
             assert eval(apps.ask('environ', **variables).body)['wsgi.url_scheme'] == scheme
 
     @pytest.mark.parametrize('call, value', [
-        ('i.read()', b'one\ntwo\nthree'), ('i.read(-1)', b'one\ntwo\nthree'), ('i.read(0)', b''), ('i.read(5)', b'one\nt'),
+        ('i.read()', b'one\ntwo\nthree'), ('i.read(-1)', b'one\ntwo\nthree'), ('i.read(0)', b''),
+        ('i.read(5)', b'one\nt'),
         ('(i.read(100),i.read(),i.read(5))', (b'one\ntwo\nthree', b'', b'')), ('i.readline()', b'one\n'),
-        ('i.readline(2)', b'on'), ('(i.readline(),i.read())', (b'one\n', b'two\nthree')), ('list(i)', [b'one\n', b'two\n', b'three']),
+        ('i.readline(2)', b'on'), ('(i.readline(),i.read())', (b'one\n', b'two\nthree')),
+        ('list(i)', [b'one\n', b'two\n', b'three']),
         ('i.readlines()', [b'one\n', b'two\n', b'three']), ('i.readlines(1)', [b'one\n'])])
     @pytest.mark.parametrize('late', [False, True])
     def test_the_input_reads_like_a_file_and_never_past_its_end(self, apps, call, value, late):
@@ -2101,7 +2109,8 @@ class TestWSGI:
                     connection.sendall(body[i:i + 1])
             assert eval(Answer(read_all(connection)).body) == value
 
-    @pytest.mark.parametrize('call, value', [('i.read()', b''), ('i.read(5)', b''), ('i.readline()', b''), ('list(i)', []),
+    @pytest.mark.parametrize('call, value', [('i.read()', b''), ('i.read(5)', b''), ('i.readline()', b''), ('list(i)',
+        []),
                                              ('i.readlines()', [])])
     def test_a_request_without_a_body_has_an_empty_input(self, apps, call, value):
         assert eval(apps.ask('read', QUERY_STRING=call).body) == value
@@ -2128,9 +2137,11 @@ class TestWSGI:
         apps.wait_for('written to wsgi.errors')
 
     @pytest.mark.parametrize('path, words', [
-        ('fail_early', 'fails before the head'), ('fail_after_start', 'fails after the head'), ('fail_first', 'first item'),
+        ('fail_early', 'fails before the head'), ('fail_after_start', 'fails after the head'),
+        ('fail_first', 'first item'),
         ('none', 'returned None'), ('a_str', 'made of bytes, not of str'), ('str_items', 'made of bytes, not of str'),
-        ('an_int', "'int' object is not iterable"), ('no_start', "didn't call start_response"), ('twice', 'a second time'),
+        ('an_int', "'int' object is not iterable"), ('no_start', "didn't call start_response"),
+        ('twice', 'a second time'),
         ('exits', 'SystemExit: 3')])
     def test_an_application_that_fails_early_gives_a_500_and_a_traceback(self, apps, path, words):
         apps.tracebacks_expected = True
@@ -2140,7 +2151,8 @@ class TestWSGI:
         assert apps.ask('hello').status == '200 OK'
 
     @pytest.mark.parametrize('path, words', [
-        ('fail_later', 'fails at a later item'), ('exc_info_late', 'the original error'), ('too_little', '5 bytes less')])
+        ('fail_later', 'fails at a later item'), ('exc_info_late', 'the original error'),
+        ('too_little', '5 bytes less')])
     def test_a_response_that_breaks_off_is_never_made_whole(self, apps, path, words):
         apps.tracebacks_expected = True
         answer = apps.ask(path)
@@ -2168,7 +2180,8 @@ class TestWSGI:
 
     @pytest.mark.parametrize('status, headers', [
         (200, []), (b'200 OK', []), ('OK', []), ('2000 OK', []), ('200 OK\r\nX: y', []), ('20x OK', []), ('', []),
-        ('200 OK', [('X', 'a\r\nY: b')]), ('200 OK', [('X', 'a\nb')]), ('200 OK', [('X', 'a\0')]), ('200 OK', [('X\r\nY', 'b')]),
+        ('200 OK', [('X', 'a\r\nY: b')]), ('200 OK', [('X', 'a\nb')]), ('200 OK', [('X', 'a\0')]),
+        ('200 OK', [('X\r\nY', 'b')]),
         ('200 OK', [('X: Y', 'b')]), ('200 OK', [('', 'b')]), ('200 OK', [('X', 5)]), ('200 OK', [(b'X', 'b')]),
         ('200 OK', [('X', b'b')]), ('200 OK', [('X', '\u20ac')]), ('200 OK', [('Connection', 'close')]),
         ('200 OK', [('Transfer-Encoding', 'chunked')]), ('200 OK', [('Content-Length', '-1')]),
@@ -2179,7 +2192,8 @@ class TestWSGI:
         assert answer.status == '500 Internal Server Error' and answer.header('Y') is None
 
     @pytest.mark.parametrize('method, status, body', [
-        ('HEAD', '200+OK', b''), ('GET', '204+No+Content', b''), ('GET', '304+Not+Modified', b''), ('GET', '200+OK', b'body'),
+        ('HEAD', '200+OK', b''), ('GET', '204+No+Content', b''), ('GET', '304+Not+Modified', b''),
+        ('GET', '200+OK', b'body'),
         ('GET', '404', b'body')])
     def test_no_body_where_there_is_none(self, apps, method, status, body):
         answer = apps.ask('status', QUERY_STRING=status, REQUEST_METHOD=method)
@@ -2213,7 +2227,8 @@ class TestWSGI:
                 f'def application(e, s):\n    s("200 OK", [])\n    return ["{name} ".encode() + '
                 'f"{e[\'SCRIPT_NAME\']} {e[\'PATH_INFO\']}".encode()]')
         server = start(ini='mount = /a=one:application\nmount = /a/b=two.py\nmanage-script-name')
-        for path, text in (('/a/x', 'one /a /x'), ('/a', 'one /a '), ('/a/b/c', 'two /a/b /c'), ('/a/bc', 'one /a /bc')):
+        for path, text in (('/a/x', 'one /a /x'), ('/a', 'one /a '), ('/a/b/c', 'two /a/b /c'),
+                ('/a/bc', 'one /a /bc')):
             assert server.ask(path).text == text
         assert server.ask('/ax').status == '404 Not Found'
 
@@ -2988,7 +3003,8 @@ def test_cgi_that_is_silent_for_too_long_is_killed(cgi, tmp):
 class TestOffload:
     """What a client doesn't take at once costs no worker, and arrives whole."""
 
-    @pytest.mark.parametrize('seek, length', [(0, None), (0, 30000000), (1000, 29999000), (5, 10), (0, 0), (30000000, 0)])
+    @pytest.mark.parametrize('seek, length', [(0, None), (0, 30000000), (1000, 29999000), (5, 10), (0, 0), (30000000,
+        0)])
     def test_a_file_is_sent_from_where_it_stands_and_as_long_as_promised(self, apps, big_file, seek, length):
         variables = {'HTTP_FILE': str(big_file), 'HTTP_SEEK': str(seek)}
         if length is not None:
@@ -3119,13 +3135,15 @@ class TestProcesses:
     """A worker that ends is replaced, with a line that says why; the others don't notice."""
 
     def test_the_application_is_loaded_once_and_the_workers_share_it(self, start):
-        server = start('import os\nloaded_in = os.getpid()\n' + APPS.replace("b'%d' % os.getpid()", "b'%d' % loaded_in"),
+        server = start('import os\nloaded_in = os.getpid()\n' + APPS.replace("b'%d' % os.getpid()",
+            "b'%d' % loaded_in"),
                        'processes = 3')
         assert len(server.workers()) == 3
         assert server.ask('pid').body == b'%d' % server.pid
 
     def test_lazy_apps_are_loaded_in_each_worker(self, start):
-        server = start('import os\nloaded_in = os.getpid()\n' + APPS.replace("b'%d' % os.getpid()", "b'%d' % loaded_in"),
+        server = start('import os\nloaded_in = os.getpid()\n' + APPS.replace("b'%d' % os.getpid()",
+            "b'%d' % loaded_in"),
                        'processes = 2\nlazy-apps = true')
         assert int(server.ask('pid').body) in server.workers()
 
@@ -3219,9 +3237,8 @@ class TestProcesses:
     def test_as_pid_1_strangers_are_buried(self, start, tmp):
         if os.getuid() or not shutil.which('unshare'):
             pytest.skip('unshare of util-linux, as root, is not there')
-        (tmp / 'app.py').write_text(HELLO + 'import os\nif not os.fork():\n    if os.fork(): os._exit(0)\n    os._exit(0)\n')
-        server = Server(tmp, [])
-        server.wait()
+        (tmp / 'app.py').write_text(
+            HELLO + 'import os\nif not os.fork():\n    if os.fork(): os._exit(0)\n    os._exit(0)\n')
         process = subprocess.Popen(['unshare', '--pid', '--fork', '--kill-child', '--mount-proc', sys.executable,
                                     str(MINUWSGI), '--socket', 's', '--module', 'app'], cwd=tmp, stderr=subprocess.PIPE)
         try:
@@ -3264,7 +3281,8 @@ class TestStop:
                 assert Answer(read_all(connection)).body == b'hello\n'
         assert server.wait() == 0
 
-    @pytest.mark.parametrize('numbers', [(signal.SIGQUIT,), (signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
+    @pytest.mark.parametrize('numbers', [(signal.SIGQUIT,), (signal.SIGTERM, signal.SIGTERM), (signal.SIGINT,
+        signal.SIGTERM)])
     def test_quit_or_a_second_signal_stops_at_once(self, start, tmp, numbers):
         server = start(SLOW, 'vacuum = true')
         held = Held(server, tmp)
@@ -3542,7 +3560,8 @@ class TestSeeing:
         server = start()
         server.ask('/a?b', REMOTE_USER='joe')
         assert re.fullmatch(
-            r'\[pid: \d+\|app: 0\|req: 1/1\] 127\.0\.0\.1 \(joe\) \{\d+ vars in \d+ bytes\} \[\w+ \w+ +\d+ [\d:]+ \d+\] '
+            r'\[pid: \d+\|app: 0\|req: 1/1\] 127\.0\.0\.1 \(joe\) \{\d+ vars in \d+ bytes\} '
+            r'\[\w+ \w+ +\d+ [\d:]+ \d+\] '
             r'GET /a\?b => generated 6 bytes in \d+ msecs \(HTTP/1\.1 200\) 2 headers in \d+ bytes '
             r'\(1 switches on core 0\)', server.wait_for('pid: '))
 
@@ -3653,7 +3672,8 @@ class TestDaemon:
         wait_until((tmp / 'log').exists, 'the new log')
         wait_until(lambda: server.ask('/there') and '/there' in (tmp / 'log').read_text(), 'a line in the new log')
 
-    @pytest.mark.skipif(os.getuid() != 0 or not os.path.exists('/usr/bin/python3'), reason='needs root and /usr/bin/python3')
+    @pytest.mark.skipif(os.getuid() != 0 or not os.path.exists('/usr/bin/python3'),
+        reason='needs root and /usr/bin/python3')
     def test_root_is_left_for_good_before_the_application_is_loaded(self, start, tmp):
         os.chmod(tmp, 0o777)
         server = start("""
@@ -3695,7 +3715,8 @@ class TestSystemd:
             (tmp / 'app.py').write_text(HELLO)
             script = ('import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_FDS="1", '
                       'LISTEN_PID=str(os.getpid())); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])')
-            process = subprocess.Popen([sys.executable, '-c', script, str(listener.fileno()), str(MINUWSGI), '--module', 'app',
+            process = subprocess.Popen([sys.executable, '-c', script, str(listener.fileno()), str(MINUWSGI),
+                '--module', 'app',
                                         '--vacuum'], cwd=tmp, pass_fds=[listener.fileno()], stderr=subprocess.PIPE)
         try:
             lines = iter(process.stderr.readline, b'')
@@ -4464,7 +4485,6 @@ class TestShape:
                 inside = origin.startswith(library) and '-packages' not in origin
                 assert inside or origin in ('built-in', 'frozen'), name
 
-    @pytest.mark.xfail(strict=True, reason='TODO the lead mends it')
     def test_nothing_is_used_above_its_definition(self):
         assert forward_references(SOURCE) == []
 
@@ -4479,7 +4499,6 @@ class TestShape:
                     own = found.__module__ == 'minuwsgi'
                     assert issubclass(found, (BaseException, io.IOBase, threading.Thread)) or own, node.name
 
-    @pytest.mark.xfail(strict=True, reason='TODO the lead mends it')
     @pytest.mark.parametrize('file', ['minuwsgi.py', 'test_minuwsgi.py'])
     def test_no_line_is_longer_than_120_columns(self, file):
         assert [i for i, line in enumerate((HERE / file).read_text().splitlines(), 1) if len(line) > 120] == []
