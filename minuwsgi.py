@@ -1055,6 +1055,8 @@ class Listener:
         self.socket = socket.socket(family, kind)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)       # what it accepts inherits this
+        if hasattr(socket, 'TCP_DEFER_ACCEPT'):         # accept() waits for the request: its bytes are there then
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 4)
         self.socket.bind(where)
         host, port = self.socket.getsockname()[:2]
         self.name = f'[{host}]:{port}' if ':' in host else f'{host}:{port}'
@@ -2570,9 +2572,10 @@ class Harakiri(BaseException):
 
 
 # uWSGI's line for a request; Core.log_request() writes it in one piece, which is faster by 20 us.
-USUAL_LINE = ('[pid: %(pid)|app: 0|req: %(wreq)/%(req)] %(addr) (%(user)) {%(vars) vars in %(pktsize) bytes} [%(ctime)] '
-              '%(method) %(uri) => generated %(rsize) bytes in %(msecs) msecs (%(proto) %(status)) %(headers) headers '
-              'in %(hsize) bytes (1 switches on core %(core))')
+USUAL_LINE = (
+    '[pid: %(pid)|app: 0|req: %(wreq)/%(req)] %(addr) (%(user)) {%(vars) vars in %(pktsize) bytes} [%(ctime)] '
+    '%(method) %(uri) => generated %(rsize) bytes in %(msecs) msecs (%(proto) %(status)) %(headers) headers in '
+    '%(hsize) bytes (1 switches on core %(core))')
 
 
 class Core:
@@ -2957,6 +2960,11 @@ class Core:
                     raise ClientGone(0, 'before the response') from None
                 if sent < len(answer):
                     job = run_a_while(fd, send_chunks(fd, [answer[sent:]], response.patience))
+            elif type(result) is list and len(result) == 1 and response.length == len(result[0]) < SMALL \
+                    and not response.sent:
+                answer = response.take_head() + result[0]
+                response.size = response.length
+                response.send([answer])
             else:
                 job = response.finish(result)
         except BaseException as error:
@@ -2979,8 +2987,8 @@ class Core:
         numbers[REQUESTS] = self.requests
         numbers[BUSY] += now - began
         if self.worker.logging:
-            self.log_request(environ, len(environ) - len(connection.environ), max(end, 0) + 4, self.requests, began,
-                now)
+            variables = len(environ) - len(connection.environ)
+            self.log_request(environ, variables, max(end, 0) + 4, self.requests, began, now)
         response.sent, response.size, response.http, response.chunked = False, 0, False, False
         response.end = response.extra + '\r\n'
         response.body = None
@@ -3701,6 +3709,15 @@ def load_or_log(config):
     return None
 
 
+def give_back_memory():
+    """Return to the system what compiling this file took, 10 MB that every worker would show; malloc_trim(3)."""
+    try:
+        import ctypes
+        ctypes.CDLL(None).malloc_trim(0)
+    except (ImportError, OSError, AttributeError):      # not glibc
+        pass
+
+
 def finish_process():
     """The end of a worker: its threads and atexit functions, but not the interpreter's own
     dismantling, which would touch, and so copy, every page that is shared with the master."""
@@ -3744,7 +3761,7 @@ class Master:
         if self.wanted < config.processes or self.touched or config.log_maxsize or config.idle or notify.watchdog \
                 or self.command and config.reload_on_rss:
             self.tick = 0
-        self.stats = Stats(self) if config.stats else None
+        self.stats = None
 
     def run(self):
         """Converge, sleep, and again; the exit code."""
@@ -4387,9 +4404,17 @@ def serve_alone(config, listeners, application):
     return 0
 
 
-def bind_load_and_run(config, start, owned):
+def inherited_state():
+    """What the image before a reload hands over, see Master.after_proof()."""
+    text = os.environ.pop(RELOADED, None)
+    if text is None:
+        return {'sockets': [], 'workers': [], 'pidfile': None, 'again': False}
     import json
-    state = json.loads(os.environ.pop(RELOADED, '{"sockets": [], "workers": [], "pidfile": null, "again": false}'))
+    return json.loads(text)
+
+
+def bind_load_and_run(config, start, owned):
+    state = inherited_state()
     if config.log_date is not None:
         log_date[:] = [config.log_date if '%' in config.log_date else '%a %b %d %H:%M:%S %Y']
     for name in 'NOTIFY_SOCKET', 'WATCHDOG_USEC':       # not for the application, and what it starts
@@ -4428,6 +4453,7 @@ def bind_load_and_run(config, start, owned):
     if not config.master:
         return serve_alone(config, owned, application)
     look_before_fork()
+    give_back_memory()
     gc.collect()
     gc.freeze()                                         # the workers' collections leave the shared pages alone
     name_process(config, 'master')
@@ -4435,6 +4461,11 @@ def bind_load_and_run(config, start, owned):
     master = Master(config, owned, application, pidfile, start, signals, hooks)
     master.stuck, master.reload_wanted = stuck, state['again']
     master.adopt(state['workers'])
+    if config.stats:
+        try:
+            master.stats = Stats(master)
+        except ConfigError as error:
+            log(f'minuwsgi: stats: {error}')            # no reason not to serve
     return master.run()
 
 

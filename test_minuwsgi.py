@@ -3255,6 +3255,29 @@ class TestProcesses:
             process.stderr.close()
 
 
+class TestHotPath:
+    """What a request costs."""
+
+    @pytest.mark.skipif(not shutil.which('strace'), reason='strace is not there')
+    def test_a_small_request_takes_four_system_calls(self, start, tmp):
+        server = start(ini='disable-logging = true')
+        for _ in range(3):                              # it learns what the packets look like
+            server.ask()
+        worker, = server.workers()
+        strace = subprocess.Popen(['strace', '-p', str(worker), '-o', str(tmp / 'trace')], stderr=subprocess.PIPE)
+        try:
+            assert b'attached' in strace.stderr.readline()
+            for _ in range(10):
+                assert server.ask().body == b'hello\n'
+        finally:
+            strace.terminate()
+            strace.wait()
+            strace.stderr.close()
+        calls = re.findall(r'^(\w+)\(', (tmp / 'trace').read_text(), re.M)
+        calls = calls[calls.index('close') + 1:]        # behind the request that was the first to be seen
+        assert calls[:36] == ['accept4', 'preadv2', 'write', 'close'] * 9
+
+
 class TestStop:
     """A stop loses nothing that was accepted or waits, and says what it waits for."""
 
@@ -3592,6 +3615,20 @@ class TestSeeing:
         assert 'GET /a' not in server.log
 
 
+    def test_the_name_of_a_process_says_what_it_is(self, start):
+        server = start(ini='auto-procname = true\nprocname-prefix = x-')
+        names = [pathlib.Path(f'/proc/{pid}/comm').read_text().strip() for pid in (server.pid, *server.workers())]
+        assert names == ['x-uWSGI master', 'x-uWSGI worker']         # the kernel keeps 15 characters
+
+    @pytest.mark.skipif(not shutil.which('uwsgitop'), reason='the package uwsgitop is not installed')
+    def test_uwsgitop_reads_the_stats(self, start, tmp):
+        start(ini='processes = 2\nstats = stats')
+        screen = subprocess.run([sys.executable, '-c', 'import pty, sys; pty.spawn(sys.argv[1:])', 'timeout', '3', 'uwsgitop',
+                                 str(tmp / 'stats')], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, timeout=PATIENCE,
+                                env={**os.environ, 'TERM': 'xterm', 'LINES': '24', 'COLUMNS': '120'}).stdout
+        assert b'uwsgi-' in screen and screen.count(b'idle') >= 2
+
+
 class TestInside:
     """What an application finds that was written for uWSGI."""
 
@@ -3664,12 +3701,22 @@ class TestDaemon:
         code, output = run(tmp, '--socket', 's', '--module', 'nowhere', '--daemonize', 'log')
         assert code == 22 and "there is no module 'nowhere'" in output
 
-    def test_the_log_follows_its_name(self, start, tmp):
+    def test_the_log_is_renamed_when_it_is_too_large(self, start, tmp):
+        server = start(ini='logto = log\nlog-maxsize = 2000\nlog-backupname = old', ready=False)
+        wait_until(lambda: (tmp / 'log').exists() and 'ready' in (tmp / 'log').read_text(), 'ready')
+        wait_until(lambda: server.ask('/' + 'x' * 500) and (tmp / 'old').exists(), 'the old log')
+        assert (tmp / 'old').stat().st_size > 2000
+        wait_until(lambda: server.ask('/there') and '/there' in (tmp / 'log').read_text(), 'a line in the new log')
+
+    @pytest.mark.parametrize('signalled', [True, False])
+    def test_the_log_follows_its_name(self, start, tmp, signalled):
         server = start(ini='logto = log', ready=False)
         wait_until(lambda: (tmp / 'log').exists() and 'ready' in (tmp / 'log').read_text(), 'ready')
-        os.rename(tmp / 'log', tmp / 'old')
-        server.kill(signal.SIGUSR1)
-        wait_until((tmp / 'log').exists, 'the new log')
+        os.rename(tmp / 'log', tmp / 'old')             # as logrotate does
+        server.ask()
+        if signalled:
+            server.kill(signal.SIGUSR1)
+            wait_until((tmp / 'log').exists, 'the new log')
         wait_until(lambda: server.ask('/there') and '/there' in (tmp / 'log').read_text(), 'a line in the new log')
 
     @pytest.mark.skipif(os.getuid() != 0 or not os.path.exists('/usr/bin/python3'),
