@@ -3709,15 +3709,6 @@ def load_or_log(config):
     return None
 
 
-def give_back_memory():
-    """Return to the system what compiling this file took, 10 MB that every worker would show; malloc_trim(3)."""
-    try:
-        import ctypes
-        ctypes.CDLL(None).malloc_trim(0)
-    except (ImportError, OSError, AttributeError):      # not glibc
-        pass
-
-
 def finish_process():
     """The end of a worker: its threads and atexit functions, but not the interpreter's own
     dismantling, which would touch, and so copy, every page that is shared with the master."""
@@ -4453,7 +4444,6 @@ def bind_load_and_run(config, start, owned):
     if not config.master:
         return serve_alone(config, owned, application)
     look_before_fork()
-    give_back_memory()
     gc.collect()
     gc.freeze()                                         # the workers' collections leave the shared pages alone
     name_process(config, 'master')
