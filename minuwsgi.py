@@ -43,6 +43,7 @@ import contextlib
 import errno
 import gc
 import io
+import itertools
 import math
 import mmap
 import os
@@ -895,12 +896,18 @@ def log_exception(message):
     log(f'{message}\n{traceback.format_exc().rstrip()}')
 
 
-def open_log(name):
-    """Let the descriptors 1 and 2 write to the end of a file."""
+def open_to_append(name):
+    """A descriptor that writes to the end of a log; no link is followed to a file of somebody else's."""
+    follow = 0 if name.startswith('/dev/') else os.O_NOFOLLOW           # /dev/stdout is a link
     try:
-        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o640)
+        return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | follow, 0o640)
     except OSError as error:
         raise ConfigError(f"can't write the log {name}: {error.strerror}") from None
+
+
+def open_log(name):
+    """Let the descriptors 1 and 2 write to the end of a file."""
+    fd = open_to_append(name)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
@@ -915,7 +922,7 @@ def mtime(name):
 
 def reopen_log(config):
     """Follow the log's name to a new file, after somebody (logrotate) moved the old one."""
-    if config.logto:
+    if config.logto and not config.logto.startswith('/dev/'):
         try:
             if not os.path.exists(config.logto) or not os.path.samestat(os.stat(config.logto), os.fstat(2)):
                 open_log(config.logto)
@@ -926,7 +933,11 @@ def reopen_log(config):
 def rotate_log(config):
     """log-maxsize: move the log away when it is too large."""
     if config.logto and os.fstat(2).st_size > config.log_maxsize:
-        os.rename(config.logto, config.log_backupname or f'{config.logto}.{int(time.time())}')
+        try:
+            os.rename(config.logto, config.log_backupname or f'{config.logto}.{int(time.time())}')
+        except OSError as error:
+            config.log_maxsize = 0
+            log(f"log-maxsize: can't rename {config.logto}: {error.strerror}")
         reopen_log(config)
 
 
@@ -1055,7 +1066,7 @@ class Listener:
         self.socket = socket.socket(family, kind)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)       # what it accepts inherits this
-        if hasattr(socket, 'TCP_DEFER_ACCEPT'):         # accept() waits for the request: its bytes are there then
+        if self.protocol == 'uwsgi' and hasattr(socket, 'TCP_DEFER_ACCEPT'):        # its bytes are there then
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 4)
         self.socket.bind(where)
         host, port = self.socket.getsockname()[:2]
@@ -1570,6 +1581,7 @@ class Body(io.RawIOBase):
 
     def __init__(self, fd, begun, left, timeout):
         self.fd, self.begun, self.left, self.timeout = fd, begun, left, timeout
+        self.waited = lambda seconds: None              # is told how long the client let us wait
         self.wants_continue = False     # the client waits for 100 Continue before it sends
 
     def readable(self):
@@ -1592,7 +1604,10 @@ class Body(io.RawIOBase):
         if self.wants_continue:
             self.wants_continue = False
             write_some(self.fd, [b'HTTP/1.1 100 Continue\r\n\r\n'])
-        return read_some(self.fd, into, time.monotonic() + self.timeout)
+        began = time.monotonic()
+        got = read_some(self.fd, into, began + self.timeout)
+        self.waited(time.monotonic() - began)
+        return got
 
     def behind(self):
         """What was read beyond the end: the next requests."""
@@ -1741,7 +1756,7 @@ class Response:
         self.http = self.keep = self.chunked = self.sent = self.head_only = False
         self.extra = ''.join(f'{header.strip()}\r\n' for header in config.add_header)
         self.status, self.end, self.date, self.ending, self.size = None, self.extra + '\r\n', b'', '', 0
-        self.head, self.headers, self.body = b'', (), None
+        self.head, self.headers, self.body = b'', 0, None
 
     def start_response(self, status, headers, exc_info=None):
         if self.status is not None:
@@ -1774,7 +1789,7 @@ class Response:
                 raise TypeError(f'the value of {name} must be a str, not {type(value).__name__}') from None
             head += f'{name}: {value}\r\n'
         self.head = (head + self.end).encode('latin-1')
-        self.headers = headers
+        self.headers = len(headers)
         self.no_body = no_body = no_body or self.head_only
         self.length = -1 if no_body else length
         self.left = 0 if no_body else length
@@ -1860,7 +1875,13 @@ class Response:
             return run_a_while(self.fd, job)
         finally:
             if hasattr(result, 'close'):
-                result.close()
+                self.close_result(result)
+
+    def close_result(self, result):
+        try:
+            result.close()
+        except Exception:                               # the response was not harmed by it
+            log_exception("close() of the application's result failed")
 
     def list_job(self, chunks):
         """A job that sends the chunks and ends the response; None where they aren't bytes."""
@@ -2393,12 +2414,15 @@ class Offloader:
         """Run a job that run_a_while() returned to its end; then done(fd, ok) owns the descriptor."""
         self.inbox.append((fd, waiting, done))
         if self.thread is None:
-            self.wake_read, self.wake_write = os.pipe()
-            os.set_blocking(self.wake_read, False)
-            import threading
-            self.thread = threading.Thread(target=self.run, name='offload', daemon=True)
-            self.thread.start()
+            self.start()
         os.write(self.wake_write, b'.')
+
+    def start(self):
+        import threading
+        self.wake_read, self.wake_write = os.pipe()
+        os.set_blocking(self.wake_read, False)
+        self.thread = threading.Thread(target=self.run, name='offload', daemon=True)
+        self.thread.start()
 
     def run(self):
         self.poll = select.epoll()
@@ -2447,8 +2471,11 @@ class Offloader:
     def end(self, fd, ok):
         job, _, _, done = self.jobs.pop(fd)
         job.close()
-        self.poll.unregister(fd)
-        done(fd, ok)
+        try:
+            self.poll.unregister(fd)
+            done(fd, ok)
+        except OSError as error:                        # the application has closed it
+            log(f'offload: {error.strerror}')
 
     def finish(self):
         """Wait until all jobs are done."""
@@ -2590,7 +2617,6 @@ class Core:
         self.line_start, self.line_end = f'[pid: {os.getpid()}|app: 0|req: ', f'(1 switches on core {number})\n'
         self.plain_log = not (self.config.disable_logging or self.config.log_format or self.config.log_x_forwarded_for)
         self.next_second, self.usual_end = 0.0, ''      # HTTP: when its headers change, what they are
-        self.requests = 0
         self.template = {
             'REQUEST_METHOD': 'GET', 'SCRIPT_NAME': '', 'PATH_INFO': '', 'QUERY_STRING': '', 'SERVER_NAME': 'localhost',
             'SERVER_PORT': '80', 'SERVER_PROTOCOL': 'HTTP/1.1', 'wsgi.version': (1, 0), 'wsgi.url_scheme': 'http',
@@ -2609,7 +2635,7 @@ class Core:
         response, application, expected = self.response, self.application, self.expected
         start_response, logging = response.start_response, self.worker.logging
         start, start_end, started_environ, started_pieces, new_environ, all_pieces, planned = expected.plan
-        nothing, took, requests, limit = self.template, 0.0, int(numbers[REQUESTS]), self.worker.limit
+        nothing, took, limit = self.template, 0.0, self.worker.limit
         while True:
             try:
                 fd, _ = accept()
@@ -2618,7 +2644,7 @@ class Core:
                     return
                 continue
             numbers[STARTED] = began = clock()
-            response.fd, response.status, response.blocking = fd, None, True
+            response.fd, response.status, response.length, response.blocking = fd, None, None, True
             job = body = None
             environ, variables = nothing, 0
             try:
@@ -2686,7 +2712,7 @@ class Core:
                 self.let_go(fd, job, body, close_after)
             ended = clock()
             took = ended - began
-            requests += 1
+            requests = numbers[REQUESTS] + 1
             numbers[REQUESTS] = requests
             numbers[BUSY] += took
             if logging:
@@ -2701,6 +2727,7 @@ class Core:
     def receive(self, fd, got):
         """The head didn't come at once, or isn't for WSGI: read on. (bytes read, end of the packet)."""
         packet, deadline = self.row.packet, time.monotonic() + self.config.socket_timeout
+        self.row.numbers[STARTED] = 0.0                 # socket-timeout holds for the head, and not harakiri
         while got < 4:
             try:
                 got += read_some(fd, packet[got:], deadline)
@@ -2718,6 +2745,7 @@ class Core:
         end = 4 + packet[1] + (packet[2] << 8)
         while got < end:
             got += read_some(fd, packet[got:], deadline)
+        self.row.numbers[STARTED] = time.monotonic()
         return got, end
 
     def open_body(self, environ, fd, begun):
@@ -2734,14 +2762,19 @@ class Core:
             body = ChunkedBody(fd, begun, self.config.socket_timeout, limit or float('inf'))
         else:
             body = Body(fd, begun, length, self.config.socket_timeout)
+        body.waited = self.not_its_time
         environ['wsgi.input'] = io.BufferedReader(body, READ_MAX)
         return body
+
+    def not_its_time(self, seconds):
+        """Time that the client took doesn't count for harakiri."""
+        self.row.numbers[STARTED] += seconds
 
     def failed(self, error):
         """The one place where the exceptions of a request end."""
         response, numbers = self.response, self.row.numbers
         if isinstance(error, ClientGone):
-            response.status = '499'
+            response.status, response.size = '499', response.size if response.sent else 0
             if error.errno:
                 log(f'{self.row.request()}: {error.strerror}')
             if response.sent:
@@ -2791,11 +2824,11 @@ class Core:
             self.tell_time()
         response, get, total, took = self.response, environ.get, self.worker.total, ended - began
         total[0] += 1
-        status, head, headers = (response.status or '500')[:3], response.head, len(response.headers)
+        status, head, headers = (response.status or '500')[:3], response.head, response.headers
         if not response.sent:
             head, headers = b'', 0
         if self.plain_log:
-            line = (f"{self.line_start}{requests}/{total[0]}] {get('REMOTE_ADDR', '')} ({get('REMOTE_USER', '')}) "
+            line = (f"{self.line_start}{requests:.0f}/{total[0]}] {get('REMOTE_ADDR', '')} ({get('REMOTE_USER', '')}) "
                     f"{{{2 * variables} vars in {size} bytes}} [{self.date}] {get('REQUEST_METHOD', '')} "
                     f"{get('REQUEST_URI', '')} => generated {response.size} bytes in {int(took * 1000)} msecs "
                     f"({get('SERVER_PROTOCOL', '')} {status}) {headers} headers in {len(head)} bytes {self.line_end}")
@@ -2879,13 +2912,14 @@ class Core:
                 try:
                     new, address = listener.socket._accept()
                 except BlockingIOError:                 # another worker was faster
+                    worker.undrained.discard(fd)
                     continue
                 if listener.protocol == 'uwsgi':
                     return new, address
                 self.serve_http(worker.new_connection(new, listener, address, self.template))
             if worker.stopping or clock() >= worker.next_look:
                 worker.look_at_time(busy)
-            self.ready = poll(1 if connections else None, most)
+            self.ready = [(fd, 0) for fd in list(worker.undrained)] or poll(1 if connections else None, most)
 
     def serve_http(self, connection):
         """Read what came, and answer each request whose head is whole."""
@@ -2925,7 +2959,8 @@ class Core:
         if began >= self.next_second:
             self.tell_time()
         job = body = None
-        response.fd, response.status, response.blocking, response.head_only = fd, None, False, False
+        response.fd, response.status, response.length = fd, None, None
+        response.blocking = response.head_only = False
         response.http, response.end, response.keep = 'HTTP/1.1', self.usual_end, not self.worker.stopping
         response.has_date = response.has_server = False
         try:
@@ -2983,18 +3018,17 @@ class Core:
         now = time.monotonic()
         if clear and keep:                              # else it isn't ours any more
             connection.deadline = now + (self.config.socket_timeout if connection.data else self.config.http_timeout)
-        self.requests += 1
-        numbers[REQUESTS] = self.requests
+        numbers[REQUESTS] += 1
         numbers[BUSY] += now - began
         if self.worker.logging:
             variables = len(environ) - len(connection.environ)
-            self.log_request(environ, variables, max(end, 0) + 4, self.requests, began, now)
+            self.log_request(environ, variables, max(end, 0) + 4, numbers[REQUESTS], began, now)
         response.sent, response.size, response.http, response.chunked = False, 0, False, False
         response.end = response.extra + '\r\n'
         response.body = None
         numbers[STARTED] = 0.0
-        if self.requests >= self.worker.limit:
-            self.worker.check_limits(self.requests)
+        if numbers[REQUESTS] >= self.worker.limit:
+            self.worker.check_limits(numbers[REQUESTS])
         return clear and keep
 
     def open_request(self, connection, environ, data, end):
@@ -3035,9 +3069,9 @@ class Worker:
         self.stopping = False
         self.closing_at = 0.0                           # when a stopping worker leaves its kept connections
         self.waiting = None                             # at a stop: the listener, for those who wait already
-        self.offloaders = [Offloader() for _ in range(max(1, config.offload_threads))]
-        self.dead_end, other_end = os.pipe()
-        os.close(other_end)
+        self.offloaders, self.turn = [Offloader() for _ in range(max(1, config.offload_threads))], itertools.count()
+        self.alarm_for = -1.0                           # when the request began that set_alarm() is for
+        self.undrained = set()                          # the same, where there are several
         self.poll = self.stop_read = None
         self.next_look = 0.0
         self.dead_end, other_end = os.pipe()            # what takes the place of a listener
@@ -3047,21 +3081,20 @@ class Worker:
         self.log_fd = 2
         for target in config.req_logger:
             if 'file:' in target:
-                self.log_fd = os.open(target.partition('file:')[2],
-                    os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-                                      | os.O_CLOEXEC, 0o640)
+                self.log_fd = open_to_append(target.partition('file:')[2])
         self.limit = self.most = math.inf               # requests until check_limits(), until we leave
         if config.max_requests:                         # not all workers at the same time
             delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
-            self.limit = self.most = config.max_requests + delta
+            self.most = config.max_requests + delta
+            self.limit = self.most // config.threads
         if config.reload_on_rss or config.reload_on_as:
             self.limit = 0
         self.trusted = config.trust_proxy
 
     @property
     def offloader(self):
-        self.offloaders.append(self.offloaders.pop(0))
-        return self.offloaders[0]
+        """One after the other."""
+        return self.offloaders[next(self.turn) % len(self.offloaders)]
 
     def run(self):
         """Serve until told to stop."""
@@ -3073,6 +3106,8 @@ class Worker:
         else:
             accept = listener.socket._accept            # gives a bare descriptor: -1.4 us against accept()
         threads = []
+        for offloader in self.offloaders if len(cores) > 1 else ():
+            offloader.start()                           # not left to the first of several threads
         for core in cores[1:]:
             import threading
             threads.append(threading.Thread(target=core.serve, args=(core.wait,), daemon=True))
@@ -3125,13 +3160,20 @@ class Worker:
     def on_harakiri(self, *_):
         """The request takes too long. With one thread it is broken off; then, or a second later by SIGKILL,
         the worker is replaced: after an exception at an arbitrary place its state can't be trusted."""
-        row = self.rows[0]
-        if row.numbers[STARTED]:
+        row, now = self.rows[0], time.monotonic()
+        started, limit = row.numbers[STARTED], self.config.harakiri
+        if len(self.rows) > 1:
+            self.leave('harakiri, its stacks are above')
+        elif started and (started == self.alarm_for or limit and now >= started + limit):   # else it came too late
             log(f'harakiri: worker {self.number} (pid {os.getpid()}) at {row.request()} for '
-                f'{(time.monotonic() - row.numbers[STARTED]) * 1000:.0f} ms, its Python stack is above')
-            if len(self.rows) == 1:
-                self.leave('harakiri')
-                raise Harakiri
+                f'{(now - started) * 1000:.0f} ms, its Python stack is above')
+            self.leave('harakiri')
+            raise Harakiri
+
+    def set_alarm(self, seconds):
+        """uwsgi.set_user_harakiri(): a limit for the request at hand, 0 takes it back."""
+        self.alarm_for = self.rows[0].numbers[STARTED]
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def on_stop(self, number, _):
         """SIGTERM: everything ends, serve what waits. SIGHUP, SIGIO (the master died): others serve it."""
@@ -3147,8 +3189,10 @@ class Worker:
                     self.waiting = listener.socket.dup()
                     self.waiting.setblocking(False)     # for all that share it: they stop too
                 os.dup2(self.dead_end, fd, inheritable=False)
-            elif number != signal.SIGTERM:
+            else:
                 self.unwatch(fd)
+        if self.poll is not None and number == signal.SIGTERM:
+            self.undrained = set(self.listeners)        # wait() accepts from them until nobody waits any more
 
     def must_stop(self, error):
         """After a failed accept(): is it because of a stop? Otherwise wait until it may go better."""
@@ -3185,15 +3229,16 @@ class Worker:
     def check_limits(self, requests):
         """Between requests: is it time for a successor? How many requests until the next look."""
         config = self.config
-        if requests >= self.most:
-            self.leave(f'max-requests, it has answered {requests}')
+        answered = sum(int(row.numbers[REQUESTS]) for row in self.rows)
+        if answered >= self.most:
+            self.leave(f'max-requests, it has answered {answered}')
         elif config.reload_on_rss or config.reload_on_as:
             with open('/proc/self/statm') as file:
                 size, rss = [int(pages) * mmap.PAGESIZE >> 20 for pages in file.read().split()[:2]]
             for name, most, is_now in ('rss', config.reload_on_rss, rss), ('as', config.reload_on_as, size):
                 if most and is_now >= most:
                     self.leave(f'reload-on-{name} = {most}, it has {is_now} MB after {self.rows[0].request()}')
-            self.limit = requests + 1
+        self.limit = requests + 1
         return self.limit if not self.rows[0].numbers[LEAVING] else math.inf
 
     # -- HTTP connections; with threads, an event is for one thread only (EPOLLONESHOT)
@@ -3252,13 +3297,10 @@ class Worker:
     def look_at_time(self, busy):
         """Once a second: close connections whose time is up. At a stop: leave when nothing more comes."""
         now = time.monotonic()
-        if self.stopping and now > self.closing_at:     # enough of new ones
-            for fd in self.listeners:
-                self.unwatch(fd)
         if self.stopping and not busy:
             if now > self.closing_at:                   # who is in the middle of a head may end it
                 self.close_connections(lambda connection: not connection.data)
-            if not self.connections:
+            if not self.connections and not self.undrained:
                 raise OSError(errno.ENOTSOCK, 'told to stop')
         if now >= self.next_look:
             self.next_look = now + 1
@@ -3554,7 +3596,8 @@ class Stats:
                 path = client.recv(4096).split(b' ')[1:2]
                 answer = self.over_http(path[0].decode('latin-1') if path else '')
             with client:
-                client.send(answer)
+                client.settimeout(0.5)                  # a slow one must not hold the master
+                client.sendall(answer)
         except OSError:
             pass
 
@@ -3659,7 +3702,7 @@ def offer_uwsgi_module(config):
         'reload': lambda: os.kill(master, signal.SIGHUP) or True,
         'stop': lambda: os.kill(master, signal.SIGTERM) or True,
         'log': lambda message: log(message) or True, 'ready': lambda: True,
-        'set_user_harakiri': lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds) and None,
+        'set_user_harakiri': lambda seconds: module.worker.set_alarm(seconds),
         'setprocname': lambda name: None, 'accepting': lambda: None})
     decorators.postfork = lambda function: hooks.append(function) or function
     sys.modules.update(uwsgi=module, uwsgidecorators=decorators)
@@ -3676,7 +3719,7 @@ class Child:
         self.old = rows is None                         # from before the reload: to be replaced
         self.kill_at = self.stop_at = math.inf          # deadlines: SIGKILL; repeat the stop
         self.stop_with = None                           # the signal that told it to stop
-        self.why_killed = ''
+        self.why_killed, self.overdue = '', None        # overdue: when the request began that harakiri is for
 
     def is_ready(self):
         return self.old or 0 < self.rows[0].numbers[READY] <= time.monotonic()
@@ -3737,7 +3780,7 @@ class Master:
         self.wanted = config.processes                  # how many workers there should be now
         if 0 < config.cheaper < config.processes:
             self.wanted = min(max(config.cheaper, config.cheaper_initial), config.processes)
-        self.calm, self.last_busy = 0, time.monotonic()
+        self.calm, self.last_busy, self.last_answered = 0, time.monotonic(), 0
         self.stopping = 0                               # how often we were told to
         self.proof = None                               # the pid of the child that tries a reload
         self.reload_wanted = self.stuck = False         # stuck: after a reload that failed half-way
@@ -3749,8 +3792,8 @@ class Master:
         self.touched = [*config.touch_reload, *config.touch_chain_reload]
         self.mtimes = list(map(mtime, self.touched))
         self.tick = math.inf                            # when look_round() is due
-        if self.wanted < config.processes or self.touched or config.log_maxsize or config.idle or notify.watchdog \
-                or self.command and config.reload_on_rss:
+        if self.touched or config.log_maxsize or config.idle or notify.watchdog or \
+                0 < config.cheaper < config.processes or self.command and config.reload_on_rss:
             self.tick = 0
         self.stats = None
 
@@ -3799,6 +3842,8 @@ class Master:
                 child.kill_at = 0
             else:
                 self.tell_to_stop(child, signal.SIGTERM)
+        if self.proof is not None:
+            os.kill(self.proof, signal.SIGKILL)
         log('stopping at once' if self.stopping > 1 else 'stopping' + ''.join(f'; {text}' for text in waited))
         notify('STOPPING=1')
 
@@ -3846,7 +3891,10 @@ class Master:
     def keep_deadlines(self, now):
         """What is overdue: a worker that was told to stop, a request beyond harakiri."""
         for child in self.children.values():
-            if now >= child.kill_at:
+            if now >= child.kill_at and child.overdue and child.overdue not in [
+                    row.numbers[STARTED] for row in child.busy()]:
+                child.kill_at, child.overdue = math.inf, None           # that request has ended after all
+            elif now >= child.kill_at:
                 doing = child.doing(now)
                 log(f'worker {child.number} (pid {child.pid}) is killed: {child.why_killed or "stopping at once"}'
                     + (f', at {doing}' if doing else ''))
@@ -3860,7 +3908,7 @@ class Master:
                 if now >= since + self.config.harakiri:         # it has a second to tell where it is
                     os.kill(child.pid, signal.SIGALRM)
                     child.kill_at = now + self.config.harakiri_graceful_timeout
-                    child.why_killed = f'harakiri = {self.config.harakiri}'
+                    child.why_killed, child.overdue = f'harakiri = {self.config.harakiri}', since
             lifetime = self.config.max_worker_lifetime
             if lifetime and child.rows and now >= self.end_of_life(child) and not child.must_go():
                 log(f'worker {child.number} (pid {child.pid}) leaves: max-worker-lifetime')
@@ -3899,8 +3947,9 @@ class Master:
         notify.watch()
         serving = [child for child in self.children.values() if not child.stop_with and child.is_ready()]
         busy = sum(len(child.busy()) == self.config.threads for child in serving)
-        if busy:
-            self.last_busy = now
+        answered = sum(child.answered() for child in serving)
+        if answered != self.last_answered or any(child.busy() for child in serving):
+            self.last_busy, self.last_answered = now, answered
         if 0 < self.config.cheaper < self.config.processes and len(serving) >= self.wanted:
             self.scale(busy, len(serving))
         if self.command and self.config.reload_on_rss:
@@ -3965,7 +4014,16 @@ class Master:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for stream in sys.stdout, sys.stderr:
             stream.flush()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:                        # too many processes, no memory: later, perhaps
+            os.close(lifeline)
+            os.close(hold)
+            self.free.append(rows)
+            self.not_before = time.monotonic() + 1
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            log(f'fork: {error.strerror}; the next try comes in 1 s')
+            return
         if pid:
             os.close(lifeline)
             retire = signal.SIGTERM if self.command else signal.SIGHUP
@@ -4046,11 +4104,11 @@ class Master:
             self.free.append(child.rows)
         if child.stop_with and (code in (0, -child.stop_with) or self.stopping or child.stop_with == signal.SIGKILL):
             return
-        if not self.ever_ready and not any(other.old for other in self.children.values()) and (
-                code == EXIT_NO_APP or self.command and code):
+        if not self.ever_ready and not any(other.old for other in self.children.values()) and code:
             if self.command:
                 log(f'minuwsgi: {self.command[0]} ended before it was ready: {self.describe_exit(code)}')
-            self.exit_code, self.stopping = EXIT_NO_APP, 2      # no use in trying again; a supervisor must see it
+            self.exit_code = EXIT_NO_APP if self.command or code < 0 else code
+            self.stopping = 2                           # no use in trying again; a supervisor must see it
             for other in self.children.values():
                 other.kill_at = 0
             return
@@ -4079,7 +4137,7 @@ class Master:
         self.reload_wanted = False
         log('reload: trying the new configuration and application')
         notify(f'RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}\nSTATUS=reloading')
-        with self.start.as_then():
+        with self.start.as_then(), self.or_not_at_all():
             self.proof = os.posix_spawn(sys.executable, [*self.start.command, '--check'], self.start.environment,
                                         file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
                                         setsigmask=(), setsigdef=SIGNALS)
@@ -4097,13 +4155,21 @@ class Master:
                              for listener in self.listeners],
                  'workers': [(child.pid, child.number, child.lifeline,
                  child.retire) for child in self.children.values()],
-                 'pidfile': self.pidfile and self.pidfile.fd, 'again': self.reload_wanted}
+                 'pidfile': self.pidfile and (self.pidfile.path, self.pidfile.fd), 'again': self.reload_wanted}
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
-        for fd in (*(entry[2] for entry in state['sockets'] + state['workers']), state['pidfile']):
-            if fd is not None:
-                os.set_inheritable(fd, True)
-        with self.start.as_then():
+        for fd in (*(entry[2] for entry in state['sockets'] + state['workers']), *(state['pidfile'] or ())[1:]):
+            os.set_inheritable(fd, True)
+        with self.start.as_then(), self.or_not_at_all():
             os.execve(sys.executable, self.start.command, {**self.start.environment, RELOADED: json.dumps(state)})
+
+    @contextlib.contextmanager
+    def or_not_at_all(self):
+        """Python itself may be gone, or there may be no memory: that must not end a server that works."""
+        try:
+            yield
+        except OSError as error:
+            log(f'reload: failed, {sys.executable}: {error.strerror}; the old code goes on serving')
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def adopt(self, workers):
         """After the exec: the workers of the old image are still our children."""
@@ -4135,7 +4201,7 @@ class Start:
     def __init__(self, arguments):
         self.environment = {name: value for name, value in os.environ.items() if name != RELOADED}
         original = getattr(sys, 'orig_argv', None)      # Python 3.10
-        before = original[1:-len(sys.argv)] if original else []
+        before = [option for option in original[1:-len(sys.argv)] if option != '-m'] if original else []
         self.command = [sys.executable, *before, os.path.abspath(sys.argv[0]), *arguments]
         self.directory = os.open('.', os.O_RDONLY)
         self.parent = None
@@ -4145,9 +4211,11 @@ class Start:
         """In the directory where it was started."""
         here = os.open('.', os.O_RDONLY)
         os.fchdir(self.directory)
-        yield
-        os.fchdir(here)
-        os.close(here)
+        try:
+            yield
+        finally:
+            os.fchdir(here)
+            os.close(here)
 
     def daemonize(self, name):
         """Go on in the background. The process in front waits until the workers are ready; if they never
@@ -4297,20 +4365,25 @@ def activated():
 
 def bind(config, inherited, listeners):
     """Fill the list of listeners; inherited: [(address, protocol, descriptor, inode)] from before a reload."""
-    kept = {(address, protocol): (fd, inode) for address, protocol, fd, inode in inherited}
+    kept = {(address, protocol): Listener(address, protocol, config, fd, inode)
+            for address, protocol, fd, inode in inherited}
+    listeners += kept.values()                          # all of them, so that none is lost if something fails
     given = activated()
     wanted = [(address, config.protocol) for address in config.socket]
     wanted += [(address, 'uwsgi') for address in config.uwsgi_socket]
     wanted += [(address, 'http') for address in config.http_socket]
     for address, protocol in dict.fromkeys(wanted):
-        name = '0.0.0.0' + address if address[:1] == ':' else address
-        fd, inode = kept.pop((address, protocol), None) or (given.pop(name, None), None)
-        listeners.append(Listener(address, protocol, config, fd, inode))
+        fd = given.pop('0.0.0.0' + address if address[:1] == ':' else address, None)
+        if (address, protocol) not in kept:
+            listeners.append(Listener(address, protocol, config, fd))
     for fd in given.values():                           # named by systemd alone
-        fd, _ = kept.pop((f'fd://{fd}', config.protocol), (fd, None))
-        listeners.append(Listener(f'fd://{fd}', config.protocol, config, fd))
-    for (address, protocol), (fd, inode) in kept.items():           # the new configuration has it no more
-        Listener(address, protocol, config, fd, inode).vacuum()
+        wanted.append((f'fd://{fd}', config.protocol))
+        if wanted[-1] not in kept:
+            listeners.append(Listener(f'fd://{fd}', config.protocol, config, fd))
+    for key in kept.keys() - set(wanted):               # the new configuration has it no more
+        kept[key].vacuum()
+        kept[key].socket.close()
+        listeners.remove(kept[key])
     if config.listen > LISTEN_MAX:
         log(f'listen = {config.listen}: the kernel allows {LISTEN_MAX}; '
             f'for more: sysctl net.core.somaxconn={config.listen}')
@@ -4379,7 +4452,7 @@ def vacuum(config, listeners):
         listener.vacuum()
 
 
-def serve_alone(config, listeners, application):
+def serve_alone(config, listeners, application, pidfile, start):
     """Without a master: this process is the worker."""
     rows = [Row() for _ in range(config.threads)]
     if type(application) is list:
@@ -4388,10 +4461,14 @@ def serve_alone(config, listeners, application):
     worker = Worker(config, listeners, application, rows, memoryview(bytearray(8)).cast('Q'), 1, None)
     worker.handle_signals()
     signal.signal(signal.SIGINT, worker.on_stop)
+    for name in 'harakiri', 'stats', 'touch_reload', 'max_worker_lifetime':
+        if getattr(config, name):
+            log(f"{name.replace('_', '-')} needs a master: it does nothing with master = false")
     log('ready: this process serves, without a master')
+    start.tell_parent()
     worker.run()
     finish_process()
-    vacuum(config, listeners)
+    vacuum(config, [*listeners, pidfile] if pidfile else listeners)
     return 0
 
 
@@ -4399,9 +4476,9 @@ def inherited_state():
     """What the image before a reload hands over, see Master.after_proof()."""
     text = os.environ.pop(RELOADED, None)
     if text is None:
-        return {'sockets': [], 'workers': [], 'pidfile': None, 'again': False}
+        return {'reloaded': False, 'sockets': [], 'workers': [], 'pidfile': None, 'again': False}
     import json
-    return json.loads(text)
+    return {'reloaded': True, **json.loads(text)}
 
 
 def bind_load_and_run(config, start, owned):
@@ -4410,21 +4487,29 @@ def bind_load_and_run(config, start, owned):
         log_date[:] = [config.log_date if '%' in config.log_date else '%a %b %d %H:%M:%S %Y']
     for name in 'NOTIFY_SOCKET', 'WATCHDOG_USEC':       # not for the application, and what it starts
         os.environ.pop(name, None)
-    if config.daemonize and not state['workers']:
+    if config.daemonize and not state['reloaded']:
         start.daemonize(config.logto)
     elif config.logto:
         open_log(config.logto)
+    for target in config.req_logger:
+        if 'file:' in target:
+            os.close(open_to_append(target.partition('file:')[2]))
     signals = Signals()
-    reloaded = ', reloaded' if state['workers'] else ''
+    reloaded = ', reloaded' if state['reloaded'] else ''
     log(f"minuwsgi {__version__}, Python {sys.version.split()[0]}, pid {os.getpid()}{reloaded}")
     for text in config.print:
         log(text)
-    application, stuck, hooks = None, False, offer_uwsgi_module(config)
+    application, pidfile, stuck, hooks = None, None, False, offer_uwsgi_module(config)
     try:
-        pidfile = config.pidfile and os.path.abspath(config.pidfile)        # before chdir, as in uWSGI
+        path = config.pidfile and os.path.abspath(config.pidfile)           # before chdir, as in uWSGI
+        pidfile = Pidfile(*state['pidfile']) if state['pidfile'] else None
         prepare(config)
         bind(config, state['sockets'], owned)
-        pidfile = Pidfile(pidfile, state['pidfile']) if pidfile else None
+        if pidfile and pidfile.path != path:
+            pidfile.vacuum()
+            pidfile = None
+        if path and not pidfile:
+            pidfile = Pidfile(path)
         log('listening on ' + ', '.join(f'{listener.name} ({listener.protocol})' for listener in owned))
         drop_privileges(config)
         if not config.lazy_apps or not config.master:
@@ -4435,14 +4520,14 @@ def bind_load_and_run(config, start, owned):
             vacuum(config, owned)
             raise
         log(f'minuwsgi: {error}')
-        pidfile, stuck = None, True
+        stuck = True
     if stuck and not reloaded:
         vacuum(config, owned)
         return EXIT_NO_APP
     if stuck:
         log('reload: failed, see above; the old workers go on serving, none can be replaced until the next reload')
     if not config.master:
-        return serve_alone(config, owned, application)
+        return serve_alone(config, owned, application, pidfile, start)
     look_before_fork()
     gc.collect()
     gc.freeze()                                         # the workers' collections leave the shared pages alone
@@ -4496,6 +4581,8 @@ def main(arguments):
             print(__version__)
             return 0
         if arguments[0] == '--curl':
+            if len(arguments) < 2:
+                raise ConfigError('--curl SOCKET [PATH]: which socket?')
             curl(*arguments[1:3])
             return 0
         if arguments[0] in ('--stop', '--reload'):

@@ -1966,6 +1966,8 @@ def chunks(e, s):
     s('200 OK', []); return (b'a', b'', b'b', b'c')
 def generator(e, s):
     s('200 OK', []); yield b'a'; yield b''; yield b'b'
+def same_length(e, s):
+    s('200 OK', [('Content-Length', '1'), ('Set-Cookie', 'session=alice')]); return [b'a']
 def late_start(e, s):
     s('200 OK', []); yield b'x'
 def only_bytes(e, s):
@@ -2204,6 +2206,18 @@ class TestWSGI:
         for path in 'hello', 'generator', 'write', 'chunks', 'file', 'empty':
             answer = apps.ask(path, REQUEST_METHOD='HEAD', HTTP_FILE=str(tmp / 'f'))
             assert (answer.status, answer.body) == ('200 OK', b'')
+
+    def test_no_head_of_an_earlier_request_is_ever_sent(self, apps):
+        """no_start and hello answer with bodies of the same length; only one of them gave a head."""
+        apps.tracebacks_expected = True
+        for ask_ in apps.ask, lambda path: apps.get('/' + path):
+            assert ask_('same_length').header('set-cookie') == 'session=alice'
+            answer = ask_('no_start')
+            assert answer.status.startswith('500') and answer.header('set-cookie') is None
+
+    def test_a_close_that_fails_does_not_harm_the_response(self, apps):
+        apps.tracebacks_expected = True
+        assert apps.get('/closing?close').body.endswith(b'a\r\n0\r\n\r\n')
 
     def test_the_validator_finds_nothing(self, start):
         server = start("""
@@ -3290,8 +3304,11 @@ class TestStop:
         assert held.release().body.startswith(b'done')
         assert server.wait() == 0 and not os.path.exists(server.socket)
 
-    def test_those_who_wait_in_the_queue_are_served(self, start, tmp):
-        server = start(SLOW)
+    @pytest.mark.parametrize('ini', ['', 'socket = s\nsocket = t', 'threads = 2', 'socket = s\nhttp-socket = t'])
+    def test_those_who_wait_in_the_queue_are_served(self, start, tmp, ini):
+        server = start(SLOW, ini)
+        if 'threads' in ini:
+            other = Held(server, tmp, 'fifo2')
         held = Held(server, tmp)
         waiting = [connect(server.socket) for _ in range(5)]
         for connection in waiting:
@@ -3299,6 +3316,8 @@ class TestStop:
         server.kill(signal.SIGTERM)
         server.wait_for('stopping')
         held.release()
+        if 'threads' in ini:
+            other.release()
         for connection in waiting:
             with connection:
                 assert Answer(read_all(connection)).body == b'hello\n'
@@ -3430,6 +3449,29 @@ class TestReload:
         server.wait_for('^ready', 2)
         assert server.ask().body == b'hello\n'
 
+    def test_a_failed_bind_does_not_spoil_the_next_reload(self, start, tmp):
+        server = start(ini='pidfile = p\nsocket = s')
+        good = (tmp / 'app.ini').read_text()
+        with socket.socket() as other:
+            other.bind(('127.0.0.1', 0))
+            other.listen()
+            taken = 'http-socket = 127.0.0.1:%d\n' % other.getsockname()[1]
+            (tmp / 'app.ini').write_text('[uwsgi]\n' + taken.replace('http-', '') + good.partition('\n')[2])
+            server.kill(signal.SIGHUP)
+            server.wait_for('the old workers go on serving')
+        (tmp / 'app.ini').write_text(good)
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        assert server.ask().body == b'hello\n' and int((tmp / 'p').read_text()) == server.pid
+
+    def test_a_python_that_is_gone_does_not_end_the_server(self, start, tmp):
+        (tmp / 'python').symlink_to(sys.executable)
+        server = start(python=str(tmp / 'python'))
+        (tmp / 'python').unlink()
+        server.kill(signal.SIGHUP)
+        server.wait_for('the old code goes on serving')
+        assert server.ask().body == b'hello\n'
+
     def test_the_request_at_hand_is_finished_by_the_old_code(self, start, tmp):
         server = start(SLOW, 'processes = 2')
         held = Held(server, tmp)
@@ -3483,6 +3525,29 @@ class TestHarakiri:
         server.wait_for('is killed')
         load.end()
 
+    def test_a_client_that_lets_wait_is_no_case_for_harakiri(self, start):
+        server = start(APPS, 'harakiri = 1\nsocket-timeout = 2')
+        before = server.workers()
+        with connect(server.socket) as silent:
+            assert read_all(silent) == b''
+        with connect(server.socket) as slow:
+            slow.sendall(packet('read', b'', QUERY_STRING='i.read()', CONTENT_LENGTH='3', REQUEST_METHOD='POST'))
+            for _ in range(3):
+                select.select([slow], [], [], 0.7)
+                slow.sendall(b'x')
+            assert Answer(read_all(slow)).body == b"b'xxx'"
+        assert server.workers() == before
+
+    def test_a_request_that_ends_after_the_alarm_costs_no_other(self, start, tmp):
+        server = start(SLOW, 'harakiri = 1\nthreads = 2')
+        server.tracebacks_expected = True
+        held = Held(server, tmp)
+        server.wait_for('leaves: harakiri')
+        assert held.release().body.startswith(b'done')
+        held = Held(server, tmp, 'fifo2')
+        select.select([], [], [], 0.5)
+        assert held.release().body.startswith(b'done') and 'is killed' not in server.log
+
     def test_an_idle_server_does_not_wake_up(self, start):
         server = start(ini='processes = 2\nharakiri = 60')
         def switches():
@@ -3511,6 +3576,12 @@ class TestRecycling:
         assert 'after GET eat' in server.wait_for('leaves: reload-on-rss')
         wait_until(lambda: server.workers() != before and len(server.workers()) == 1, 'a new worker')
 
+    def test_the_limit_is_that_of_all_threads_together(self, start):
+        server = start(APPS, 'max-requests = 20\nthreads = 4')
+        for _ in range(21):
+            server.ask('hello')
+        assert 20 <= int(server.wait_for('leaves: max-requests').rpartition(' ')[2]) <= 22
+
     def test_a_lifetime_ends(self, start):
         server = start(APPS, 'max-worker-lifetime = 1')
         before = server.ask('pid').body
@@ -3532,13 +3603,18 @@ class TestCheaper:
             assert request.release().body.startswith(b'done')
         wait_until(lambda: len(server.workers()) == 1, 'one worker')
 
+    def test_more_workers_at_the_start_go_when_it_is_calm(self, start):
+        server = start(ini='processes = 3\ncheaper = 1\ncheaper-initial = 3\ncheaper-overload = 1')
+        assert len(server.workers()) == 3
+        wait_until(lambda: len(server.workers()) == 1, 'one worker')
+
     def test_the_queue_of_a_unix_socket_and_of_tcp_is_seen(self, start, tmp):
         port = free_port()
         server = start(SLOW, f'socket = s\nsocket = 127.0.0.1:{port}\nprocesses = 1\nstats = stats')
         held = Held(server, tmp)
         with contextlib.ExitStack() as stack:
             for address in (server.socket,) * 3 + (('127.0.0.1', port),) * 2:
-                stack.enter_context(connect(address))
+                stack.enter_context(connect(address)).sendall(packet('hello'))
             import json
             sockets = json.loads(read_all(connect(str(tmp / 'stats'))))['sockets']
             assert [entry['queue'] for entry in sockets] == [3, 2]
@@ -3623,8 +3699,10 @@ class TestSeeing:
     @pytest.mark.skipif(not shutil.which('uwsgitop'), reason='the package uwsgitop is not installed')
     def test_uwsgitop_reads_the_stats(self, start, tmp):
         start(ini='processes = 2\nstats = stats')
-        screen = subprocess.run([sys.executable, '-c', 'import pty, sys; pty.spawn(sys.argv[1:])', 'timeout', '3', 'uwsgitop',
-                                 str(tmp / 'stats')], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, timeout=PATIENCE,
+        screen = subprocess.run([sys.executable, '-c', 'import pty, sys; pty.spawn(sys.argv[1:])', 'timeout', '3',
+            'uwsgitop',
+                                 str(tmp / 'stats')], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
+                                 timeout=PATIENCE,
                                 env={**os.environ, 'TERM': 'xterm', 'LINES': '24', 'COLUMNS': '120'}).stdout
         assert b'uwsgi-' in screen and screen.count(b'idle') >= 2
 
@@ -3680,6 +3758,12 @@ threading.Thread(target=threading.Event().wait, name='poller', daemon=True).star
         server.wait_for('^ready', 2)
         assert server.ask().body == b'other\n'
 
+    def test_a_busy_server_is_not_idle(self, start):
+        server = start(APPS, 'idle = 1\ndie-on-idle = true\ndisable-logging = true')
+        load = Load(server, clients=1)
+        select.select([], [], [], 2)
+        assert load.end() == []
+
     def test_idle_with_die_on_idle_ends_the_server(self, start):
         server = start(ini='idle = 1\ndie-on-idle = true')
         assert server.wait() == 0
@@ -3696,6 +3780,19 @@ class TestDaemon:
         assert run(tmp, '--stop', 'p')[0] == 0
         wait_until(lambda: not (tmp / 'p').exists(), 'the end')
         assert 'ready: 1 worker' in (tmp / 'log').read_text()
+
+    def test_without_a_master_too(self, tmp):
+        (tmp / 'app.py').write_text(HELLO)
+        assert run(tmp, '--socket', 's', '--module', 'app', '--pidfile', 'p', '--daemonize', 'log', '--master=false',
+                   '--vacuum') == (0, '')
+        assert run(tmp, '--stop', 'p')[0] == 0
+        wait_until(lambda: not (tmp / 'p').exists(), 'the end')
+
+    def test_a_log_that_cannot_be_written_ends_the_start(self, tmp):
+        for option in '--logto', '--req-logger':
+            name = '/nowhere/log' if option == '--logto' else 'file:/nowhere/log'
+            code, output = run(tmp, '--socket', 's', '--module', 'minuwsgi:demo', option, name)
+            assert code == 1 and "can't write the log /nowhere/log" in output
 
     def test_the_parent_tells_of_a_failed_start(self, tmp):
         code, output = run(tmp, '--socket', 's', '--module', 'nowhere', '--daemonize', 'log')
@@ -3770,6 +3867,8 @@ class TestSystemd:
             assert any(line.startswith(b'ready') for line in lines)
             assert ask(str(tmp / 'a')).body == b'hello\n'
             process.send_signal(signal.SIGHUP)
+            assert b'/a (uwsgi)' in next(line for line in lines if line.startswith(b'listening')).replace(b'fd://3',
+                b'/a')
             assert any(line.startswith(b'ready') for line in lines)
             assert ask(str(tmp / 'a')).body == b'hello\n'
         finally:
