@@ -1198,9 +1198,8 @@ class Expected:
 
     def learn_name(self, raw):
         if raw[:1] != '\0' or len(raw) < 2:             # else the high byte of the size would be ignored
-            raise BadRequest({'\0': 'a variable without a name',
-                '': 'the lengths in the block of variables do not add up'}
-                             .get(raw, 'a name of more than 255 bytes'))
+            what = {'\0': 'a variable without a name', '': 'the lengths in the block of variables do not add up'}
+            raise BadRequest(what.get(raw, 'a name of more than 255 bytes'))
         name = sys.intern(raw[1:])
         if len(self.names) < 1000:                      # clients can invent headers
             self.names[raw] = name
@@ -2753,8 +2752,7 @@ class Core:
         length = body_length(environ) if self.response.http else content_length(environ['CONTENT_LENGTH'])
         limit = self.config.limit_post
         if limit and length > limit:
-            raise BadRequest(f'the body has {length} bytes, the option limit-post allows {limit}',
-                '413 Content Too Large')
+            raise BadRequest(f'the body has {length} bytes, limit-post allows {limit}', '413 Content Too Large')
         if 0 <= length <= len(begun):
             environ['wsgi.input'] = io.BytesIO(begun[:length])
             return None
@@ -2857,8 +2855,8 @@ class Core:
         zone = time.strftime('%z', time.localtime(now))
         values.update({
             'uri': environ.get('REQUEST_URI'), 'method': environ.get('REQUEST_METHOD'),
-            'user': environ.get('REMOTE_USER'),
-            'addr': address, 'host': environ.get('HTTP_HOST'), 'proto': environ.get('SERVER_PROTOCOL'),
+            'user': environ.get('REMOTE_USER'), 'addr': address, 'host': environ.get('HTTP_HOST'),
+            'proto': environ.get('SERVER_PROTOCOL'),
             'uagent': environ.get('HTTP_USER_AGENT'), 'referer': environ.get('HTTP_REFERER'), 'status': status,
             'rsize': self.response.size, 'cl': environ.get('CONTENT_LENGTH') or 0, 'micros': int(took * 1e6),
             'msecs': int(took * 1e3), 'secs': f'{took:.6f}', 'tmsecs': int((now - took) * 1e3),
@@ -3636,8 +3634,7 @@ class Stats:
         status = 'busy' if child.busy() else 'idle'
         return {'id': child.number, 'pid': child.pid, 'accepting': int(child.is_ready() and not child.stop_with),
                 'requests': requests, 'delta_requests': requests, 'exceptions': int(total['errors']),
-                'harakiri_count': 0,
-                'signals': 0, 'signal_queue': 0, 'status': status, 'rss': rss, 'vsz': vsz,
+                'harakiri_count': 0, 'signals': 0, 'signal_queue': 0, 'status': status, 'rss': rss, 'vsz': vsz,
                 'running_time': int(total['busy'] * 1e6),
                 'last_spawn': int(time.time() - time.monotonic() + child.born),
                 'respawn_count': 1, 'tx': 0,
@@ -3646,8 +3643,8 @@ class Stats:
                           'exceptions': int(total['errors']), 'chdir': ''}],
                 'cores': [{'id': i, 'requests': int(row[REQUESTS]), 'static_requests': 0, 'routed_requests': 0,
                            'offloaded_requests': 0, 'write_errors': 0, 'read_errors': 0,
-                           'in_request': int(row[STARTED] > 0),
-                           'vars': [], 'req_info': {}} for i, row in enumerate(numbers)]}
+                           'in_request': int(row[STARTED] > 0), 'vars': [], 'req_info': {}} for i,
+                           row in enumerate(numbers)]}
 
     def json(self):
         import json
@@ -4481,37 +4478,51 @@ def inherited_state():
     return {'reloaded': True, **json.loads(text)}
 
 
-def bind_load_and_run(config, start, owned):
-    state = inherited_state()
+def go_where_the_log_is(config, start, reloaded):
+    """Go to the background, open the logs, say who we are."""
     if config.log_date is not None:
         log_date[:] = [config.log_date if '%' in config.log_date else '%a %b %d %H:%M:%S %Y']
     for name in 'NOTIFY_SOCKET', 'WATCHDOG_USEC':       # not for the application, and what it starts
         os.environ.pop(name, None)
-    if config.daemonize and not state['reloaded']:
+    if config.daemonize and not reloaded:
         start.daemonize(config.logto)
+    elif reloaded:                                      # by now it may not be ours to open
+        reopen_log(config)
     elif config.logto:
         open_log(config.logto)
-    for target in config.req_logger:
+    for target in config.req_logger if not reloaded else ():
         if 'file:' in target:
             os.close(open_to_append(target.partition('file:')[2]))
-    signals = Signals()
-    reloaded = ', reloaded' if state['reloaded'] else ''
-    log(f"minuwsgi {__version__}, Python {sys.version.split()[0]}, pid {os.getpid()}{reloaded}")
+    log(f"minuwsgi {__version__}, Python {sys.version.split()[0]}, pid {os.getpid()}{', reloaded' * reloaded}")
     for text in config.print:
         log(text)
-    application, pidfile, stuck, hooks = None, None, False, offer_uwsgi_module(config)
+
+
+def take_place(config, state, owned, pidfile):
+    """Be where the options say, with sockets and pidfile; the Pidfile or None."""
+    path = config.pidfile and os.path.abspath(config.pidfile)               # before chdir, as in uWSGI
+    prepare(config)
+    bind(config, state['sockets'], owned)
+    if pidfile and pidfile.path != path:
+        pidfile.vacuum()
+        pidfile = None
+    if path and not pidfile:
+        pidfile = Pidfile(path)
+    log('listening on ' + ', '.join(f'{listener.name} ({listener.protocol})' for listener in owned))
+    drop_privileges(config)
+    return pidfile
+
+
+def bind_load_and_run(config, start, owned):
+    """The steps of a start in their order; `owned` gathers the listeners, for who has to clean up."""
+    state = inherited_state()
+    reloaded = state['reloaded']
+    go_where_the_log_is(config, start, reloaded)
+    signals = Signals()
+    application, stuck, hooks = None, False, offer_uwsgi_module(config)
+    pidfile = Pidfile(*state['pidfile']) if state['pidfile'] else None
     try:
-        path = config.pidfile and os.path.abspath(config.pidfile)           # before chdir, as in uWSGI
-        pidfile = Pidfile(*state['pidfile']) if state['pidfile'] else None
-        prepare(config)
-        bind(config, state['sockets'], owned)
-        if pidfile and pidfile.path != path:
-            pidfile.vacuum()
-            pidfile = None
-        if path and not pidfile:
-            pidfile = Pidfile(path)
-        log('listening on ' + ', '.join(f'{listener.name} ({listener.protocol})' for listener in owned))
-        drop_privileges(config)
+        pidfile = take_place(config, state, owned, pidfile)
         if not config.lazy_apps or not config.master:
             application = load_or_log(config)
             stuck = application is None
