@@ -3140,16 +3140,15 @@ class Worker:
             return {name: mtime(file) for name, module in list(sys.modules.items())
                     if (file := getattr(module, '__file__', None))}
 
-        def watch():
-            before = files()
+        def watch(before):
             while True:
                 time.sleep(self.config.py_autoreload)
                 now = files()
-                if any(before.get(name, time_) != time_ for name, time_ in now.items()):
+                if any(before.get(name, changed) != changed for name, changed in now.items()):
                     os.kill(self.master, signal.SIGHUP)
                 before = now
         import threading
-        threading.Thread(target=watch, name='py-autoreload', daemon=True).start()
+        threading.Thread(target=watch, args=(files(),), name='py-autoreload', daemon=True).start()
 
     def tell_state(self, *_):
         log(f'worker {self.number} (pid {os.getpid()}): '

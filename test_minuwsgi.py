@@ -2059,7 +2059,7 @@ def pipe(e, s):
     r, w = os.pipe(); os.write(w, b'from a pipe'); os.close(w)
     s('200 OK', []); return e['wsgi.file_wrapper'](os.fdopen(r, 'rb'))
 def big(e, s):
-    s('200 OK', [('Content-Length', '20000000')]); return [b'x' * 10000000, b'y' * 10000000]
+    s('200 OK', [('Content-Length', '2000000')]); return [b'x' * 1000000, b'y' * 1000000]
 def descriptors(e, s):
     s('200 OK', []); return [str(len(os.listdir('/proc/self/fd'))).encode()]
 def pid(e, s):
@@ -3041,7 +3041,7 @@ class TestOffload:
             assert apps.ask('hello').body == b'hello\n'
             data = read_all(slow[0])
             assert data.partition(b'\r\n\r\n')[2] == big_file.read_bytes()
-            assert read_all(slow[1]).partition(b'\r\n\r\n')[2] == b'x' * 10000000 + b'y' * 10000000
+            assert read_all(slow[1]).partition(b'\r\n\r\n')[2] == b'x' * 1000000 + b'y' * 1000000
         before = apps.ask('descriptors')
         wait_until(lambda: int(apps.ask('descriptors').body) < 30, f'few descriptors {before.text}')
 
@@ -3526,16 +3526,14 @@ class TestHarakiri:
         load.end()
 
     def test_a_client_that_lets_wait_is_no_case_for_harakiri(self, start):
-        server = start(APPS, 'harakiri = 1\nsocket-timeout = 2')
+        server = start(APPS, 'harakiri = 1\nsocket-timeout = 2\nprocesses = 2')
         before = server.workers()
-        with connect(server.socket) as silent:
-            assert read_all(silent) == b''
-        with connect(server.socket) as slow:
+        with connect(server.socket) as silent, connect(server.socket) as slow:
             slow.sendall(packet('read', b'', QUERY_STRING='i.read()', CONTENT_LENGTH='3', REQUEST_METHOD='POST'))
             for _ in range(3):
                 select.select([slow], [], [], 0.7)
                 slow.sendall(b'x')
-            assert Answer(read_all(slow)).body == b"b'xxx'"
+            assert Answer(read_all(slow)).body == b"b'xxx'" and read_all(silent) == b''
         assert server.workers() == before
 
     def test_a_request_that_ends_after_the_alarm_costs_no_other(self, start, tmp):
@@ -3851,6 +3849,13 @@ class TestSystemd:
             assert b'READY=1' in systemd.recv(1000)
             server.stop()
             assert systemd.recv(1000) == b'STOPPING=1'
+
+    def test_the_watchdog_is_fed(self, start, tmp):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+            systemd.bind(str(tmp / 'notify'))
+            systemd.settimeout(PATIENCE)
+            start(environment={'NOTIFY_SOCKET': str(tmp / 'notify'), 'WATCHDOG_USEC': '1000000'})
+            assert [systemd.recv(1000) for _ in range(4)].count(b'WATCHDOG=1') == 3
 
     def test_a_socket_of_systemd_is_used_and_never_removed(self, start, tmp):
         with socket.socket(socket.AF_UNIX) as listener:
