@@ -143,6 +143,14 @@ def children(pid):
     return sorted(found)
 
 
+def alive(pid):
+    """Does a process run? One that has ended and waits to be buried doesn't."""
+    try:
+        return pathlib.Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
+    except OSError:
+        return False
+
+
 class Server:
     """A running minuwsgi: `lines` is its log so far, `socket` the path where it speaks uwsgi,
     `http` the (host, port) where it speaks HTTP."""
@@ -221,7 +229,7 @@ class Server:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
                 raise AssertionError(f'the server did not stop:\n{self.log}') from None
-        wait_until(lambda: not any(os.path.exists(f'/proc/{pid}') for pid in left), 'the end of the workers')
+        wait_until(lambda: not any(alive(pid) for pid in left), 'the end of the workers')
         assert self.tracebacks_expected or 'Traceback' not in self.log, self.log
 
 
@@ -2833,7 +2841,7 @@ def test_a_program_finds_the_sockets_as_from_systemd_and_dies_with_the_master(st
         assert read_all(client) == b'2 True True'
     worker, = server.workers()
     server.kill(signal.SIGKILL)
-    wait_until(lambda: not os.path.exists(f'/proc/{worker}'), 'the end of the program')
+    wait_until(lambda: not alive(worker), 'the end of the program')
 
 
 def test_programs_that_hold_an_old_log_are_replaced_after_USR1(start, tmp):
@@ -2995,7 +3003,7 @@ def test_cgi_output_is_streamed_and_its_process_group_ends_with_the_client(cgi, 
         while b'first' not in data:
             data += client.recv(100)
     pid = int((tmp / 'bin/pid').read_text())
-    wait_until(lambda: not os.path.exists(f'/proc/{pid}'), 'the end of the program')
+    wait_until(lambda: not alive(pid), 'the end of the program')
     server.wait_for('/bin/slow')
     assert server.ask().text == 'hello\n'
 
@@ -3227,9 +3235,9 @@ class TestProcesses:
         held = Held(server, tmp)
         server.kill(signal.SIGKILL)
         server.process.wait(PATIENCE)
-        wait_until(lambda: sum(os.path.exists(f'/proc/{pid}') for pid in workers) == 1, 'the end of the idle workers')
+        wait_until(lambda: sum(alive(pid) for pid in workers) == 1, 'the end of the idle workers')
         assert held.release().body.startswith(b'done by')
-        wait_until(lambda: not any(os.path.exists(f'/proc/{pid}') for pid in workers), 'the end of the last worker')
+        wait_until(lambda: not any(alive(pid) for pid in workers), 'the end of the last worker')
 
     def test_what_the_application_starts_inherits_nothing(self, start):
         server = start("""
@@ -3697,7 +3705,7 @@ class TestSeeing:
     @pytest.mark.skipif(not shutil.which('uwsgitop'), reason='the package uwsgitop is not installed')
     def test_uwsgitop_reads_the_stats(self, start, tmp):
         start(ini='processes = 2\nstats = stats')
-        screen = subprocess.run([sys.executable, '-c', 'import pty, sys; pty.spawn(sys.argv[1:])', 'timeout', '3',
+        screen = subprocess.run([sys.executable, '-c', 'import pty, sys; pty.spawn(sys.argv[1:])', 'timeout', '1.5',
             'uwsgitop',
                                  str(tmp / 'stats')], stdout=subprocess.PIPE, stdin=subprocess.DEVNULL,
                                  timeout=PATIENCE,
