@@ -97,11 +97,11 @@ def connect(address):
 
 
 def read_all(connection):
-    data = b''
+    chunks = []
     with contextlib.suppress(ConnectionResetError):
-        while new := connection.recv(65536):
-            data += new
-    return data
+        while new := connection.recv(1 << 18):
+            chunks.append(new)
+    return b''.join(chunks)
 
 
 def exchange(address, data):
@@ -161,7 +161,8 @@ class Server:
         self.changed = threading.Condition()
         self.process = subprocess.Popen([python, str(MINUWSGI), *map(str, arguments)], cwd=directory,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                        env={**os.environ, **dict(environment)}, **popen)
+                                        env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1', **dict(environment)},
+                                        **popen)
         self.pid = self.process.pid
         self.reader = threading.Thread(target=self.read_log, daemon=True)
         self.reader.start()
@@ -3762,7 +3763,7 @@ threading.Thread(target=threading.Event().wait, name='poller', daemon=True).star
         server = start(ini='py-autoreload = 1')
         (tmp / 'app.py').write_text(HELLO.replace('hello', 'other'))
         server.wait_for('^ready', 2)
-        assert server.ask().body == b'other\n'
+        wait_until(lambda: server.ask().body == b'other\n', 'the new code')
 
     def test_a_busy_server_is_not_idle(self, start):
         server = start(APPS, 'idle = 1\ndie-on-idle = true\ndisable-logging = true')
