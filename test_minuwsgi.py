@@ -3290,8 +3290,14 @@ class TestHotPath:
         strace = subprocess.Popen(['strace', '-p', str(worker), '-o', str(tmp / 'trace')], stderr=subprocess.PIPE)
         try:
             assert b'attached' in strace.stderr.readline()
-            for _ in range(10):
-                assert server.ask().body == b'hello\n'
+            os.kill(worker, signal.SIGSTOP)             # so that all of it is there when it accepts
+            waiting = [connect(server.socket) for _ in range(10)]
+            for connection in waiting:
+                connection.sendall(packet())
+            os.kill(worker, signal.SIGCONT)
+            for connection in waiting:
+                with connection:
+                    assert Answer(read_all(connection)).body == b'hello\n'
         finally:
             strace.terminate()
             strace.wait()
