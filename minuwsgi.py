@@ -974,6 +974,13 @@ def holder(probe):
     return f'pid {pid} ({command[:200]}); stop it, or choose another name'
 
 
+def vacuum(config, owned):
+    """The option vacuum: remove the files of listeners, pidfile and the like, None for what there isn't."""
+    for one in owned if config.vacuum else ():
+        if one is not None:
+            one.vacuum()
+
+
 def remove_stale_socket(path):
     """Make way for bind(): remove a socket that nobody listens on, and nothing else."""
     try:
@@ -1449,11 +1456,16 @@ def nowait_flag():
 NOWAIT = nowait_flag()
 
 
-def wait_for(fd, event, deadline):
-    """Wait until a descriptor is ready; deadline in seconds of time.monotonic()."""
+def ready_within(fd, event, seconds):
+    """Does an event come to a descriptor within so many seconds? Hang-ups and errors are events always."""
     poll = select.poll()
     poll.register(fd, event)
-    if not poll.poll(max(0, deadline - time.monotonic()) * 1000):
+    return bool(poll.poll(seconds * 1000))
+
+
+def wait_for(fd, event, deadline):
+    """Wait until a descriptor is ready; deadline in seconds of time.monotonic()."""
+    if not ready_within(fd, event, max(0, deadline - time.monotonic())):
         raise ClientGone(errno.ETIMEDOUT, 'the client was too slow')
 
 
@@ -1550,9 +1562,7 @@ def run_a_while(fd, job):
     for event, seconds in job:
         now = time.monotonic()
         until = until or now + PATIENCE
-        poll = select.poll()
-        poll.register(fd, event)
-        if now >= until or not poll.poll((until - now) * 1000):
+        if now >= until or not ready_within(fd, event, until - now):
             return job, event, seconds
     return None
 
@@ -2553,11 +2563,9 @@ class Connection:
         self.again = None                               # and what gives a new environ with them
 
 
-def left(fd):
+def hung_up(fd):
     """Has the client closed its connection? One that only ended its sending side hasn't: POLLHUP is for both."""
-    poll = select.poll()
-    poll.register(fd, 0)
-    return bool(poll.poll(0))
+    return ready_within(fd, 0, 0)
 
 
 def strip_script_name(environ):
@@ -2613,7 +2621,7 @@ class Core:
         self.response = Response(self.config)
         self.ready = []                                 # events that wait() has still to look at
         self.second, self.date, self.pid = 0, '', os.getpid()
-        self.line_start, self.line_end = f'[pid: {os.getpid()}|app: 0|req: ', f'(1 switches on core {number})\n'
+        self.line_start, self.line_end = f'[pid: {self.pid}|app: 0|req: ', f'(1 switches on core {number})\n'
         self.plain_log = not (self.config.disable_logging or self.config.log_format or self.config.log_x_forwarded_for)
         self.next_second, self.usual_end = 0.0, ''      # HTTP: when its headers change, what they are
         self.template = {
@@ -2647,7 +2655,7 @@ class Core:
             job = body = None
             environ, variables = nothing, 0
             try:
-                if took > 0.1 and left(fd):             # it waited behind a slow request, perhaps for too long
+                if took > 0.1 and hung_up(fd):             # it waited behind a slow request, perhaps for too long
                     raise ClientGone(0, 'before its turn')
                 if not nowait:
                     os.set_blocking(fd, False)
@@ -3642,8 +3650,8 @@ class Stats:
                           'exceptions': int(total['errors']), 'chdir': ''}],
                 'cores': [{'id': i, 'requests': int(row[REQUESTS]), 'static_requests': 0, 'routed_requests': 0,
                            'offloaded_requests': 0, 'write_errors': 0, 'read_errors': 0,
-                           'in_request': int(row[STARTED] > 0), 'vars': [], 'req_info': {}} for i,
-                           row in enumerate(numbers)]}
+                           'in_request': int(row[STARTED] > 0), 'vars': [], 'req_info': {}}
+                          for i, row in enumerate(numbers)]}
 
     def json(self):
         import json
@@ -3653,8 +3661,8 @@ class Stats:
             'signal_queue': 0, 'load': sum(waiting for waiting, _ in queues), 'pid': os.getpid(), 'uid': os.getuid(),
             'gid': os.getgid(), 'cwd': os.getcwd(), 'locks': [],
             'sockets': [{'name': listener.name, 'proto': listener.protocol, 'queue': waiting, 'max_queue': most,
-            'shared': 0,
-                         'can_offload': 1} for listener, (waiting, most) in zip(self.master.listeners, queues)],
+                         'shared': 0, 'can_offload': 1}
+                        for listener, (waiting, most) in zip(self.master.listeners, queues)],
             'workers': [self.worker(child) for child in sorted(self.master.children.values(), key=lambda c: c.number)],
         }, indent='\t').encode()
 
@@ -3808,10 +3816,7 @@ class Master:
                     continue
                 for number in self.signals.read():
                     self.on_signal(number)
-        if self.config.vacuum:
-            for owned in (*self.listeners, self.pidfile, self.stats):
-                if owned is not None:
-                    owned.vacuum()
+        vacuum(self.config, (*self.listeners, self.pidfile, self.stats))
         return self.exit_code
 
     def on_signal(self, number):
@@ -3922,10 +3927,8 @@ class Master:
             if not child.is_ready() and child.rows[0].numbers[READY]:
                 deadlines.append(child.rows[0].numbers[READY])
             if self.config.harakiri and child.kill_at == math.inf:      # no request can be overdue before that
-                deadlines.append(min((row.numbers[STARTED] for row in child.busy()),
-                    default=now) + self.config.harakiri)
-            if not child.is_ready() and child.rows[0].numbers[READY]:
-                deadlines.append(child.rows[0].numbers[READY])
+                began = min((row.numbers[STARTED] for row in child.busy()), default=now)
+                deadlines.append(began + self.config.harakiri)
             if self.config.max_worker_lifetime and child.rows and not child.must_go():
                 deadlines.append(self.end_of_life(child))
         if now < self.not_before and not self.stopping:
@@ -4149,8 +4152,8 @@ class Master:
         import json
         state = {'sockets': [(listener.address, listener.protocol, listener.socket.fileno(), listener.inode)
                              for listener in self.listeners],
-                 'workers': [(child.pid, child.number, child.lifeline,
-                 child.retire) for child in self.children.values()],
+                 'workers': [(child.pid, child.number, child.lifeline, child.retire)
+                             for child in self.children.values()],
                  'pidfile': self.pidfile and (self.pidfile.path, self.pidfile.fd), 'again': self.reload_wanted}
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
         for fd in (*(entry[2] for entry in state['sockets'] + state['workers']), *(state['pidfile'] or ())[1:]):
@@ -4443,11 +4446,6 @@ def drop_privileges(config):
         raise ConfigError('uid: the privileges of root could not be dropped')
 
 
-def vacuum(config, listeners):
-    for listener in listeners if config.vacuum else ():
-        listener.vacuum()
-
-
 def serve_alone(config, listeners, application, pidfile, start):
     """Without a master: this process is the worker."""
     rows = [Row() for _ in range(config.threads)]
@@ -4464,7 +4462,7 @@ def serve_alone(config, listeners, application, pidfile, start):
     start.tell_parent()
     worker.run()
     finish_process()
-    vacuum(config, [*listeners, pidfile] if pidfile else listeners)
+    vacuum(config, (*listeners, pidfile))
     return 0
 
 
