@@ -61,12 +61,11 @@ __version__ = '0.1'
 # ---------------------------------------------------------------------------------------------
 # 1. Options and the INI dialect
 #
-# uWSGI's configuration is one flat list of settings (name, value, where it stands), from the
-# environment (UWSGI_*), from the command line and from INI files. Three steps make a Config of it:
-# Settings gathers the list (files include files; if and for blocks choose and repeat lines), then
-# fills in $(ENV), @(file) and %(name); Config looks each name up in one table and converts its value.
-# Every line has a fate: used, always (needs no switch here), unsupported, variable (only a name for
-# %(name)) or unknown. All that is wrong is told at once, with file and line.
+# uWSGI's configuration is one flat list of settings (name, value, where it stands) from the
+# environment (UWSGI_*), the command line and INI files. Config gathers the list (files include files;
+# if and for blocks choose and repeat lines), then fills in $(ENV), @(file) and %(name), looks each
+# name up in the table and converts its value. Every line has a fate: used, always (needs no switch
+# here), unsupported, variable (only a name for %(name)) or unknown. All mistakes are told at once.
 
 class ConfigError(Exception):
     """A mistake in the configuration; its text says where, what and what to do."""
@@ -76,281 +75,269 @@ class AppError(Exception):
     """The application can't be loaded."""
 
 
-BOOLEANS = {'true': True, 'yes': True, 'on': True, 'false': False, 'no': False, 'off': False, '': True}
-
-
-def refuse():
-    raise ValueError
-
-
-# What a value should be, and how it is converted (with a ValueError where it can't be).
-Kind = collections.namedtuple('Kind', 'expected convert')
-flag = Kind('true or false', lambda value: BOOLEANS.get(value.lower(), value != '0'))     # as uWSGI: else it means yes
-number = Kind('a whole number', int)
-positive = Kind('a whole number greater than 0', lambda value: int(value) if int(value) > 0 else refuse())
-seconds = Kind('a number of seconds', lambda value: float(value) if '.' in value else int(value))
-octal = Kind('an octal mode such as 660', lambda value: 0o666 if value == '1' or BOOLEANS.get(value.lower()) else
-             int(value, 8) if int(value, 8) <= 0o777 else refuse())
-protocol = Kind('uwsgi or http', lambda value: 'http' if value == 'http11' else
-                value if value in ('uwsgi', 'http') else refuse())
-filename = Kind('a path', str)
-word = Kind('a name or an address', str)
-pair = Kind('name=value', lambda value: value if value.find('=') > 0 else refuse())
-anything = Kind('any text', str)
-
-
-def network_of(value):
-    from ipaddress import ip_network
-    return ip_network(value, strict=False)
-
-
-network = Kind('an address or a network such as 10.0.0.0/8', network_of)
-NUMERIC = number, positive, seconds
-
-# Each row: names (the first is ours, the others are accepted, -x is the short form), kind of value,
-# default (a tuple where the option may be repeated and its values gather), meaning. Parser,
-# defaults, --help and the README's table come from here. A line of its own is a heading.
-OPTIONS = (
-    'Application',
-    ('module wsgi -w', word, None, 'import it: package.module or package.module:callable'),
-    ('wsgi-file file', filename, None, 'run it from a Python file'),
-    ('callable', word, 'application', "its name in there, where `module` doesn't say"),
-    ('mount', pair, (), '/prefix=module:callable or /prefix=file.py'),
-    ('manage-script-name', flag, False, 'move the longest mount that fits from PATH_INFO to SCRIPT_NAME'),
-    ('chdir', filename, None, 'go to this directory first'),
-    ('chdir2', filename, None, 'go to this directory when the application is loaded'),
-    ('pythonpath pp python-path', filename, (), 'put this directory in front of sys.path (may hold *)'),
-    ('virtualenv home venv pyhome -H', filename, None, 'run with the Python of this virtual environment'),
-    ('env', pair, (), 'NAME=value for the application'),
-    ('import pyimport py-import python-import', word, (), 'import this module before the application'),
-    ('pyargv', anything, None, 'sys.argv[1:] for the application'),
-    ('lazy-apps lazy', flag, False, 'load the application in each worker, not once before the fork'),
-    ('py-autoreload py-auto-reload python-autoreload python-auto-reload', seconds, 0,
-     'look for changed modules in this interval, and reload'),
-    ('worker-exec worker-exec2', anything, None, 'run this command as the workers, the socket as its stdin'),
-    'Sockets',
-    ('socket -s', word, (), 'listen here: path, host:port, :port, [v6]:port, @abstract, fd://N'),
-    ('protocol socket-protocol', protocol, 'uwsgi', 'what `socket` speaks: uwsgi or http'),
-    ('uwsgi-socket', word, (), 'speak the uwsgi protocol here'),
-    ('http-socket http http11-socket httprouter', word, (), 'speak HTTP/1.1 here'),
-    ('chmod-socket chmod -C', octal, None, 'mode of unix sockets (default 660; without a value 666)'),
-    ('chown-socket', word, None, 'owner of unix sockets: user or user:group'),
-    ('umask', octal, None, 'umask of the server and the application'),
-    ('listen -l', positive, 1024, 'how many connections may wait'),
-    ('vacuum', flag, False, 'remove unix sockets and the pidfile at the end'),
-    ('socket-timeout -z', positive, 4, 'seconds without progress until a client is given up'),
-    ('http-timeout', positive, 60, 'seconds that an idle or slow client may take where no worker waits'),
-    ('limit-post', number, 0, 'the largest request body in bytes (0: any)'),
-    ('trust-proxy', network, (), 'believe X-Forwarded-For and -Proto from this address, or network 10.0.0.0/8'),
-    ('add-header', anything, (), 'a header for every response: Name: value'),
-    'Processes',
-    ('master -M', flag, True, '`false`: no fork, one process that serves, for a debugger'),
-    ('processes workers -p', positive, 1, 'how many workers'),
-    ('threads', positive, 1, 'how many requests a worker serves at once'),
-    ('offload-threads offload-thread', number, 0, 'threads in a worker that finish large responses (at least 1)'),
-    ('cheaper', number, 0, 'how many workers there are at least; the rest come when needed'),
-    ('cheaper-initial', number, 0, 'how many workers there are at the start'),
-    ('cheaper-step', positive, 1, 'how many workers are added at a time'),
-    ('cheaper-overload', number, 3, 'seconds of calm until one worker less, or, for backlog, waiting connections'),
-    ('cheaper-algo', word, 'spare', 'spare: more when all are busy; backlog: when too many connections wait'),
-    ('idle', seconds, 0, 'seconds without a request, for `die-on-idle`'),
-    ('die-on-idle', flag, False, 'end the server then; with socket activation it comes back'),
-    ('uid', word, None, 'user to become when the sockets are bound'),
-    ('gid', word, None, 'group to become'),
-    ('max-fd', number, 0, 'limit of open files in each process'),
-    ('limit-as', number, 0, 'limit of address space of each process in MB'),
-    ('pidfile pidfile2 safe-pidfile safe-pidfile2', filename, None, "write the master's pid here"),
-    ('daemonize daemonize2 -d', filename, None, 'go to the background, log to this file'),
-    ('auto-procname', flag, False, 'name the processes: uWSGI master, uWSGI worker 1'),
-    ('procname', anything, None, 'name of the workers'),
-    ('procname-master', anything, None, 'name of the master'),
-    ('procname-prefix', anything, '', 'put this before the names'),
-    ('procname-prefix-spaced', anything, '', 'the same, and a blank'),
-    ('procname-append', anything, '', 'put this after the names'),
-    'Recycling, reload and stop',
-    ('harakiri -t', seconds, 0, 'seconds that a request may take; then it is ended and logged'),
-    ('harakiri-graceful-timeout', seconds, 1, 'seconds from its end by an exception to SIGKILL'),
-    ('max-requests -R', number, 0, 'replace a worker after so many requests'),
-    ('max-requests-delta', number, 0, 'so many more for each next worker'),
-    ('max-worker-lifetime', seconds, 0, 'replace a worker after so many seconds'),
-    ('max-worker-lifetime-delta', seconds, 0, 'so many more for each next worker'),
-    ('reload-on-rss evil-reload-on-rss', number, 0, 'replace a worker whose resident memory exceeds so many MB'),
-    ('reload-on-as evil-reload-on-as', number, 0, 'replace a worker whose address space exceeds so many MB'),
-    ('worker-reload-mercy reload-mercy', positive, 60, 'seconds that a worker has to finish before it is killed'),
-    ('die-on-term', flag, True, '`false`: SIGTERM reloads, as in uWSGI 2.0'),
-    ('touch-reload', filename, (), 'reload when this file changes'),
-    ('touch-chain-reload touch-workers-reload', filename, (), 'the same (a reload is always one worker after another)'),
-    'Log and statistics',
-    ('logto logto2', filename, None, 'log to this file'),
-    ('logger', anything, (), 'log to file:PATH or stdio'),
-    ('req-logger logger-req', anything, (), 'the same for the lines of requests alone'),
-    ('log-maxsize', number, 0, 'rename the log when it has so many bytes, and start a new one'),
-    ('log-backupname', filename, None, 'name for it then (default: the time is added)'),
-    ('log-date logdate', anything, None, 'put the time before each line (true, or a strftime format)'),
-    ('log-format logformat', anything, None, 'format of the lines of requests, with %(uri), %(status) …'),
-    ('log-x-forwarded-for', flag, False, 'log the address in X-Forwarded-For'),
-    ('disable-logging -L', flag, False, 'no line for each request'),
-    ('log-4xx', flag, False, 'but for those that failed with 4xx'),
-    ('log-5xx', flag, False, 'but for those that failed with 5xx'),
-    ('log-slow', number, 0, 'but for those that took so many milliseconds'),
-    ('log-zero', flag, False, 'but for those with an empty response'),
-    ('log-big', number, 0, 'but for those with a response of so many bytes'),
-    ('stats stats-server', word, None, 'give the state of the workers as JSON here'),
-    ('stats-http', flag, False, 'over HTTP'),
-    'Static files, CGI, other languages',
-    ('static-map', pair, (), '/prefix=directory or file'),
-    ('static-map2', pair, (), 'the same, with the prefix as a part of the path'),
-    ('check-static static-check', filename, (), 'serve what is in this directory before the application is asked'),
-    ('static-index', word, (), 'file to serve for a directory'),
-    ('static-expires', anything, (), '`pattern seconds`: how long browsers may keep files'),
-    ('static-safe', filename, (), 'a directory that symbolic links may lead to'),
-    ('cgi', anything, (), '[/prefix=]directory or script'),
-    ('cgi-helper', pair, (), '.ext=interpreter'),
-    ('cgi-allowed-ext', word, (), 'run files with this extension alone'),
-    ('cgi-index', word, (), 'script to run for a directory'),
-    ('cgi-timeout', positive, 60, 'seconds without output until a script is killed'),
-    ('rack', filename, None, 'config.ru of a Ruby application'),
-    ('psgi', filename, None, 'a Perl application'),
-    'Configuration',
-    ('ini include config', filename, (), 'read this file, or file:section'),
-    ('inherit', filename, (), 'the same, after all other files'),
-    ('set set-ph set-placeholder -S', anything, (), 'NAME=value: an option, or a variable for %(NAME)'),
-    ('print iprint', anything, (), 'log this text at the start'),
-    ('strict', flag, False, 'an unknown option stops the start'),
-    ('show-config', flag, False, 'print each line and what becomes of it, and exit'),
-    ('check', flag, False, 'look for all that would stop a start, load the application, exit'),
-)
+# The tables are texts: one row a line, and indented lines that continue it.
+#
+# Options: names (the first is ours, the others are accepted, -x is the short form), kind of value (with
+# + the option may be repeated, and its values gather), default, meaning. Parser, --help and the README's
+# table come from here. A row without | is a heading.
+OPTIONS = '''
+Application
+module wsgi -w | word | | import it: package.module or package.module:callable
+wsgi-file file | path | | run it from a Python file
+callable | word | application | its name in there, where `module` doesn't say
+mount | pair+ | | /prefix=module:callable or /prefix=file.py
+manage-script-name | flag | false | move the longest mount that fits from PATH_INFO to SCRIPT_NAME
+chdir | path | | go to this directory first
+chdir2 | path | | go to this directory when the application is loaded
+pythonpath pp python-path | path+ | | put this directory in front of sys.path (may hold *)
+virtualenv home venv pyhome -H | path | | run with the Python of this virtual environment
+env | pair+ | | NAME=value for the application
+import pyimport py-import python-import | word+ | | import this module before the application
+pyargv | text | | sys.argv[1:] for the application
+lazy-apps lazy | flag | false | load the application in each worker, not once before the fork
+py-autoreload py-auto-reload python-autoreload python-auto-reload
+    | seconds | 0 | look for changed modules in this interval, and reload
+worker-exec worker-exec2 | text | | run this command as the workers, the socket as its stdin
+Sockets
+socket -s | word+ | | listen here: path, host:port, :port, [v6]:port, @abstract, fd://N
+protocol socket-protocol | protocol | uwsgi | what `socket` speaks: uwsgi or http
+uwsgi-socket | word+ | | speak the uwsgi protocol here
+http-socket http http11-socket httprouter | word+ | | speak HTTP/1.1 here
+chmod-socket chmod -C | octal | | mode of unix sockets (default 660; without a value 666)
+chown-socket | word | | owner of unix sockets: user or user:group
+umask | octal | | umask of the server and the application
+listen -l | positive | 1024 | how many connections may wait
+vacuum | flag | false | remove unix sockets and the pidfile at the end
+socket-timeout -z | positive | 4 | seconds without progress until a client is given up
+http-timeout | positive | 60 | seconds that an idle or slow client may take where no worker waits
+limit-post | number | 0 | the largest request body in bytes (0: any)
+trust-proxy | network+ | | believe X-Forwarded-For and -Proto from this address, or network 10.0.0.0/8
+add-header | text+ | | a header for every response: Name: value
+Processes
+master -M | flag | true | `false`: no fork, one process that serves, for a debugger
+processes workers -p | positive | 1 | how many workers
+threads | positive | 1 | how many requests a worker serves at once
+offload-threads offload-thread | number | 0 | threads in a worker that finish large responses (at least 1)
+cheaper | number | 0 | how many workers there are at least; the rest come when needed
+cheaper-initial | number | 0 | how many workers there are at the start
+cheaper-step | positive | 1 | how many workers are added at a time
+cheaper-overload | number | 3 | seconds of calm until one worker less, or, for backlog, waiting connections
+cheaper-algo | word | spare | spare: more when all are busy; backlog: when too many connections wait
+idle | seconds | 0 | seconds without a request, for `die-on-idle`
+die-on-idle | flag | false | end the server then; with socket activation it comes back
+uid | word | | user to become when the sockets are bound
+gid | word | | group to become
+max-fd | number | 0 | limit of open files in each process
+limit-as | number | 0 | limit of address space of each process in MB
+pidfile pidfile2 safe-pidfile safe-pidfile2 | path | | write the master's pid here
+daemonize daemonize2 -d | path | | go to the background, log to this file
+auto-procname | flag | false | name the processes: uWSGI master, uWSGI worker 1
+procname | text | | name of the workers
+procname-master | text | | name of the master
+procname-prefix | text | | put this before the names
+procname-prefix-spaced | text | | the same, and a blank
+procname-append | text | | put this after the names
+Recycling, reload and stop
+harakiri -t | seconds | 0 | seconds that a request may take; then it is ended and logged
+harakiri-graceful-timeout | seconds | 1 | seconds from its end by an exception to SIGKILL
+max-requests -R | number | 0 | replace a worker after so many requests
+max-requests-delta | number | 0 | so many more for each next worker
+max-worker-lifetime | seconds | 0 | replace a worker after so many seconds
+max-worker-lifetime-delta | seconds | 0 | so many more for each next worker
+reload-on-rss evil-reload-on-rss | number | 0 | replace a worker whose resident memory exceeds so many MB
+reload-on-as evil-reload-on-as | number | 0 | replace a worker whose address space exceeds so many MB
+worker-reload-mercy reload-mercy | positive | 60 | seconds that a worker has to finish before it is killed
+die-on-term | flag | true | `false`: SIGTERM reloads, as in uWSGI 2.0
+touch-reload | path+ | | reload when this file changes
+touch-chain-reload touch-workers-reload | path+ | | the same (a reload is always one worker after another)
+Log and statistics
+logto logto2 | path | | log to this file
+logger | text+ | | log to file:PATH or stdio
+req-logger logger-req | text+ | | the same for the lines of requests alone
+log-maxsize | number | 0 | rename the log when it has so many bytes, and start a new one
+log-backupname | path | | name for it then (default: the time is added)
+log-date logdate | text | | put the time before each line (true, or a strftime format)
+log-format logformat | text | | format of the lines of requests, with %(uri), %(status) …
+log-x-forwarded-for | flag | false | log the address in X-Forwarded-For
+disable-logging -L | flag | false | no line for each request
+log-4xx | flag | false | but for those that failed with 4xx
+log-5xx | flag | false | but for those that failed with 5xx
+log-slow | number | 0 | but for those that took so many milliseconds
+log-zero | flag | false | but for those with an empty response
+log-big | number | 0 | but for those with a response of so many bytes
+stats stats-server | word | | give the state of the workers as JSON here
+stats-http | flag | false | over HTTP
+Static files, CGI, other languages
+static-map | pair+ | | /prefix=directory or file
+static-map2 | pair+ | | the same, with the prefix as a part of the path
+check-static static-check | path+ | | serve what is in this directory before the application is asked
+static-index | word+ | | file to serve for a directory
+static-expires | text+ | | `pattern seconds`: how long browsers may keep files
+static-safe | path+ | | a directory that symbolic links may lead to
+cgi | text+ | | [/prefix=]directory or script
+cgi-helper | pair+ | | .ext=interpreter
+cgi-allowed-ext | word+ | | run files with this extension alone
+cgi-index | word+ | | script to run for a directory
+cgi-timeout | positive | 60 | seconds without output until a script is killed
+rack | path | | config.ru of a Ruby application
+psgi | path | | a Perl application
+Configuration
+ini include config | path+ | | read this file, or file:section
+inherit | path+ | | the same, after all other files
+set set-ph set-placeholder -S | text+ | | NAME=value: an option, or a variable for %(NAME)
+print iprint | text+ | | log this text at the start
+strict | flag | false | an unknown option stops the start
+show-config | flag | false | print each line and what becomes of it, and exit
+check | flag | false | look for all that would stop a start, load the application, exit
+'''
 
 # uWSGI's options that need no switch here: names, reason. A * stands for any end of name=value.
-NOT_NEEDED = (
-    ('need-app', 'a start without an application fails'),
-    ('enable-threads -T', "the application's threads just run"),
-    ('single-interpreter -i', 'there is one interpreter'),
-    ('thunder-lock lock-engine ftok persistent-ipcsem', 'the kernel wakes one worker for a connection'),
-    ('buffer-size -b http-buffer-size max-vars -v response-headers-limit', 'a head may have 64 KiB'),
-    ('ignore-sigpipe ignore-write-errors disable-write-exception write-errors-*', 'a client that leaves is no error'),
-    ('close-on-exec close-on-exec2', 'no socket is inherited by what the application starts'),
-    ('no-orphans', 'workers end when the master dies'),
-    ('hook-master-start=unix_signal:15*', 'SIGTERM is a graceful stop'),
-    ('plugin=python* plugins=python* plugin=http* plugins=http* plugin=cgi* plugins=cgi* plugin=psgi* plugins=psgi* '
-     'plugin=rack* plugins=rack* need-plugin=python* need-plugins=python* plugins-dir plugin-dir autoload', 'built in'),
-    ('log-master log-master-* threaded-logger', 'a line is one write, whoever writes it'),
-    ('harakiri-verbose harakiri-graceful-signal harakiri-no-arh no-harakiri-* py-tracebacker backtrace-depth',
-     'harakiri logs the stack'),
-    ('cheaper-busyness-* cheaper-algos-list cheaper-algo-list', 'one way: a worker more while all are busy'),
-    ('min-worker-lifetime', 'limits hold from the first request'),
-    ('http-keepalive', 'connections are kept, for http-timeout'),
-    ('log-reopen', 'the log follows its name'),
-    ('post-buffering post-buffering-bufsize', 'a body is read when the application asks for it'),
-    ('memory-report -m', 'stats has the memory of each worker'),
-    ('wsgi-strict wsgi-env-behavior wsgi-env-behaviour wsgi-disable-file-wrapper', 'WSGI is as PEP 3333 says'),
-    ('http-auto-chunked http-chunked-input http-raw-body http-manage-expect chunked-input-*',
-     'the workers speak HTTP/1.1 themselves'),
-    ('http-processes http-workers http-cheap http-events http-quiet http-harakiri http-connect-timeout http-uid '
-     'http-gid', 'the workers speak HTTP themselves, there is no router process'),
-    ('http-headers-timeout', 'a request head has socket-timeout to arrive'),
-    ('so-send-timeout so-write-timeout socket-send-timeout socket-write-timeout', 'socket-timeout holds for them'),
-    ('tcp-nodelay no-defer-accept no-fd-passing skip-zero disable-sendfile', 'the server does what fits'),
-    ('honour-stdin', 'stdin is left alone'),
-    ('py-call-osafterfork py-call-uwsgi-fork-hooks', 'os.register_at_fork() works'),
-    ('no-default-app', 'what is not mounted is answered with 404'),
-    ('check-interval forkbomb-delay max-apps mem-collector-freq', 'there is no such limit'),
-    ('stats-min stats-minified stats-no-* metrics-no-cores', 'stats is short'),
-    ('http-server-name-as-http-host drop-after-init', 'it is so'),
-    ('cheaper-list loop-list loops-list clock-list clocks-list plugin-list plugins-list logger-list loggers-list '
-     'alarm-list alarms-list imperial-monitor*', 'nothing is pluggable'),
-)
+NOT_NEEDED = '''
+need-app | a start without an application fails
+enable-threads -T | the application's threads just run
+single-interpreter -i | there is one interpreter
+thunder-lock lock-engine ftok persistent-ipcsem | the kernel wakes one worker for a connection
+buffer-size -b http-buffer-size max-vars -v response-headers-limit | a head may have 64 KiB
+ignore-sigpipe ignore-write-errors disable-write-exception write-errors-* | a client that leaves is no error
+close-on-exec close-on-exec2 | no socket is inherited by what the application starts
+no-orphans | workers end when the master dies
+hook-master-start=unix_signal:15* | SIGTERM is a graceful stop
+plugin=python* plugins=python* plugin=http* plugins=http* plugin=cgi* plugins=cgi* plugin=psgi* plugins=psgi*
+    plugin=rack* plugins=rack* need-plugin=python* need-plugins=python* plugins-dir plugin-dir autoload | built in
+log-master log-master-* threaded-logger | a line is one write, whoever writes it
+harakiri-verbose harakiri-graceful-signal harakiri-no-arh no-harakiri-* py-tracebacker backtrace-depth
+    | harakiri logs the stack
+cheaper-busyness-* cheaper-algos-list cheaper-algo-list | one way: a worker more while all are busy
+http-keepalive | connections are kept, for http-timeout
+log-reopen | the log follows its name
+post-buffering post-buffering-bufsize | a body is read when the application asks for it
+memory-report -m | stats has the memory of each worker
+wsgi-strict wsgi-env-behavior wsgi-env-behaviour wsgi-disable-file-wrapper | WSGI is as PEP 3333 says
+http-auto-chunked http-chunked-input http-raw-body http-manage-expect chunked-input-* http-processes http-workers
+    http-cheap http-events http-quiet http-harakiri http-connect-timeout http-uid http-gid
+    | the workers speak HTTP/1.1 themselves, there is no router process
+http-headers-timeout so-send-timeout so-write-timeout socket-send-timeout socket-write-timeout
+    | socket-timeout holds for it
+tcp-nodelay no-defer-accept no-fd-passing skip-zero disable-sendfile honour-stdin http-server-name-as-http-host
+    drop-after-init | it is so, or the server does what fits
+py-call-osafterfork py-call-uwsgi-fork-hooks | os.register_at_fork() works
+no-default-app | what is not mounted is answered with 404
+check-interval forkbomb-delay max-apps mem-collector-freq min-worker-lifetime | there is no such limit
+stats-min stats-minified stats-no-* metrics-no-cores | stats is short
+cheaper-list loop-list loops-list clock-list clocks-list plugin-list plugins-list logger-list loggers-list alarm-list
+    alarms-list imperial-monitor* | nothing is pluggable
+'''
 
 # uWSGI's options that aren't supported: names, what to use instead.
-NOT_SUPPORTED = (
-    ('attach-daemon* attach-control-daemon smart-attach-daemon* daemons-honour-stdin', 'a systemd unit each'),
-    ('cron* unique-cron* unique-legion-cron timer rbtimer signal-timer signal-rbtimer', 'a systemd timer or cron'),
-    ('mule* farm spooler* -Q touch-mules-reload touch-spoolers-reload', 'celery, rq or a systemd unit'),
-    ('hook-* exec-* call-* mount-* umount-* worker-mount after-request-* file-write touch-exec',
-     'ExecStartPre= of the systemd unit, or a start script'),
-    ('wait-* check-mount* mountpoint-check', 'After=, Requires= of the systemd unit'),
-    ('gevent* async ugreen* loop greenlet asyncio tornado', 'threads; for async code an ASGI server'),
-    ('websocket* http-websockets', 'an ASGI server beside it'),
-    ('cache* add-cache-item load-file-in-cache* check-cache static-cache-* queue* sharedarea -A py-sharedarea',
-     "nginx's proxy cache, redis or memcached"),
-    ('route* error-route* final-route* response-route* collect-header pull-header response-header-collect del-header '
-     'rem-header error-page-* error-page vhost* http-var http-to-https', "nginx's location, rewrite and add_header"),
-    ('enable-proxy-protocol http-enable-proxy-protocol', "nginx's proxy_protocol"),
-    ('https* ssl-* sni* suwsgi-socket', 'nginx for TLS'),
-    ('http-* fastrouter* rawrouter* sslrouter* forkptyrouter* corerouter* subscri* unsubscribe-* start-unsubscribed st '
-     'multicast* zerg* weight auto-weight', "nginx's upstream"),
-    ('fastcgi-* scgi-* raw-* puwsgi-socket udp remap-modifier '
-     'allowed-modifiers cgi-mode', 'the uwsgi protocol or HTTP'),
-    ('abstract-socket -a', 'socket = @name'),
-    ('shared-socket undeferred-shared-socket map-socket reuse-port', 'socket; all workers accept from it'),
-    ('emperor* vassal* early-emperor heartbeat notify-socket', 'one systemd unit for each site'),
-    ('legion* lord*', 'keepalived'),
-    ('alarm* log-alarm lq-alarm backlog-alarm listen-queue-alarm segfault-alarm', 'monitor stats and the log'),
-    ('log-route log-req-route log-encoder log-req-encoder log-prefix log-syslog log-socket rsyslog-* logfile-* '
-     'log-truncate touch-log*', 'log-format and logger; journald or logrotate for the rest'),
-    ('log-ioerror log-sendfile', 'log-4xx, log-5xx, log-slow'),
-    ('cheap', 'cheaper = 1, or socket activation with die-on-idle'),
-    ('log-micros log-format-strftime logformat-strftime', 'log-format with %(micros), %(ltime)'),
-    ('metric* enable-metrics carbon* rrdtool* snmp* stats-push* nagios', 'an exporter that reads stats'),
-    ('master-fifo fs-reload fs-brutal-reload fs-signal touch-signal signal*', 'touch-reload, or kill -HUP'),
-    ('harakiri-queue-threshold cheaper-rss-limit-*', 'harakiri, reload-on-rss'),
-    ('reload-on-exception* reload-on-fd brutal-reload-on-fd catch-exceptions exception-handler', 'the log'),
-    ('exit-on-reload shutdown-sockets propagate-touch reload-os-env', 'kill -TERM'),
-    ('master-as-root immediate-uid immediate-gid add-gid no-initgroups drop-after-apps', 'uid and gid'),
-    ('chroot pivot-root pivot_root refork* re-fork* unshare* namespace* ns ns-net setns* jailed tuntap* cgroup* '
-     'limit-nproc prio cpu-affinity never-swap ksm', 'the systemd unit, or a container'),
-    ('optimize -O no-site py-programname py-program-name py-executable py-sys-executable python-version config-py',
-     'options of the python3 that starts minuwsgi'),
-    ('py python eval pyrun pyshell* web3* pump* wsgi-lite* pecan paste* ini-paste* symcall* pymodule-alias dlopen '
-     'post-pymodule-alias shared-import shared-py* python-raw python-worker-override py-auto-reload-ignore test -J',
-     'a small wsgi-file that does it'),
-    ('wsgi-accept-buffer wsgi-accept-buffers start_response-nodelay', 'bytes, see PEP 3333'),
-    ('php* ruby* rbrequire lua* perl* jvm* mono* v8* go-* glusterfs* gridfs* rados* webdav* xslt* ldap*',
-     "the language's own server, or `cgi`"),
-    ('static-map-* static-expires-* static-gzip-* static-skip-ext file-serve-mode fileserve-mode mime-file mimefile '
-     'honour-range check-static-docroot upload-progress', 'nginx for more than plain files'),
-    ('thread-stack* threads-stack*', 'threading.stack_size() in the application'),
-    ('xml xmlconfig yaml yml json js -x -y -j', 'an INI file'),
-    ('blacklist end-blacklist whitelist end-whitelist declare-option* fallback-config inject-* resolve get',
-     '--show-config, --check'),
-    ('plugin plugins need-plugin need-plugins build-plugin* dot-h cflags', 'nothing is pluggable'),
-    ('stop reload pause suspend resume help -h usage version', 'the command line: --stop, --reload, --help, --version'),
-    ('envdir early-envdir unenv', 'env, or the environment of the systemd unit'),
-    ('flock*', 'the pidfile is a lock'),
-    ('cgi-*', 'cgi-helper, cgi-index, cgi-allowed-ext, cgi-timeout'),
-    ('freebind so-keepalive socket-sndbuf socket-rcvbuf tcp-fast*', 'net.* of sysctl'),
-    ('ignore-script-name', "nginx's uwsgi_param SCRIPT_NAME ''"),
-    ('ping* reaper -r safe-fd fd-safe no-server no-threads-wait body-read-warning command-mode force-* clock locks '
-     'rpc-max profiler mode extract connect-and-read dump-options print-sym* binary-* binsh privileged-* '
-     'unprivileged-* skip-atexit* use-abort -c', 'nothing, it is left out'),
-)
+NOT_SUPPORTED = '''
+attach-daemon* attach-control-daemon smart-attach-daemon* daemons-honour-stdin | a systemd unit each
+cron* unique-cron* unique-legion-cron timer rbtimer signal-timer signal-rbtimer | a systemd timer or cron
+mule* farm spooler* -Q touch-mules-reload touch-spoolers-reload | celery, rq or a systemd unit
+hook-* exec-* call-* mount-* umount-* worker-mount after-request-* file-write touch-exec wait-* check-mount*
+    mountpoint-check | ExecStartPre= of the systemd unit, or a start script
+gevent* async ugreen* loop greenlet asyncio tornado | threads; for async code an ASGI server
+websocket* http-websockets | an ASGI server beside it
+cache* add-cache-item load-file-in-cache* check-cache static-cache-* queue* sharedarea -A py-sharedarea
+    | nginx's proxy cache, redis or memcached
+route* error-route* final-route* response-route* collect-header pull-header response-header-collect del-header
+    rem-header error-page-* error-page vhost* http-var http-to-https | nginx's location, rewrite and add_header
+enable-proxy-protocol http-enable-proxy-protocol | nginx's proxy_protocol
+https* ssl-* sni* suwsgi-socket | nginx for TLS
+http-* fastrouter* rawrouter* sslrouter* forkptyrouter* corerouter* subscri* unsubscribe-* start-unsubscribed st
+    multicast* zerg* weight auto-weight | nginx's upstream
+fastcgi-* scgi-* raw-* puwsgi-socket udp remap-modifier allowed-modifiers cgi-mode | the uwsgi protocol or HTTP
+abstract-socket -a | socket = @name
+shared-socket undeferred-shared-socket map-socket reuse-port | socket; all workers accept from it
+emperor* vassal* early-emperor heartbeat notify-socket | one systemd unit for each site
+legion* lord* | keepalived
+alarm* log-alarm lq-alarm backlog-alarm listen-queue-alarm segfault-alarm | monitor stats and the log
+log-route log-req-route log-encoder log-req-encoder log-prefix log-syslog log-socket rsyslog-* logfile-* log-truncate
+    touch-log* | log-format and logger; journald or logrotate for the rest
+log-ioerror log-sendfile | log-4xx, log-5xx, log-slow
+cheap | cheaper = 1, or socket activation with die-on-idle
+log-micros log-format-strftime logformat-strftime | log-format with %(micros), %(ltime)
+metric* enable-metrics carbon* rrdtool* snmp* stats-push* nagios | an exporter that reads stats
+master-fifo fs-reload fs-brutal-reload fs-signal touch-signal signal* | touch-reload, or kill -HUP
+harakiri-queue-threshold cheaper-rss-limit-* | harakiri, reload-on-rss
+reload-on-exception* reload-on-fd brutal-reload-on-fd catch-exceptions exception-handler | the log
+exit-on-reload shutdown-sockets propagate-touch reload-os-env | kill -TERM
+master-as-root immediate-uid immediate-gid add-gid no-initgroups drop-after-apps | uid and gid
+chroot pivot-root pivot_root refork* re-fork* unshare* namespace* ns ns-net setns* jailed tuntap* cgroup* limit-nproc
+    prio cpu-affinity never-swap ksm | the systemd unit, or a container
+optimize -O no-site py-programname py-program-name py-executable py-sys-executable python-version config-py
+    | options of the python3 that starts minuwsgi
+py python eval pyrun pyshell* web3* pump* wsgi-lite* pecan paste* ini-paste* symcall* pymodule-alias dlopen
+    post-pymodule-alias shared-import shared-py* python-raw python-worker-override py-auto-reload-ignore test -J
+    thread-stack* threads-stack* | a small wsgi-file that does it
+wsgi-accept-buffer wsgi-accept-buffers start_response-nodelay | bytes, see PEP 3333
+php* ruby* rbrequire lua* perl* jvm* mono* v8* go-* glusterfs* gridfs* rados* webdav* xslt* ldap*
+    | the language's own server, or `cgi`
+static-map-* static-expires-* static-gzip-* static-skip-ext file-serve-mode fileserve-mode mime-file mimefile
+    honour-range check-static-docroot upload-progress | nginx for more than plain files
+xml xmlconfig yaml yml json js -x -y -j | an INI file
+blacklist end-blacklist whitelist end-whitelist declare-option* fallback-config inject-* resolve get | plain options
+plugin plugins need-plugin need-plugins build-plugin* dot-h cflags | nothing is pluggable
+stop reload pause suspend resume help -h usage version | the command line: --stop, --reload, --help, --version
+envdir early-envdir unenv | env, or the environment of the systemd unit
+flock* | the pidfile is a lock
+cgi-* | cgi-helper, cgi-index, cgi-allowed-ext, cgi-timeout
+freebind so-keepalive socket-sndbuf socket-rcvbuf tcp-fast* | net.* of sysctl
+ignore-script-name | nginx's uwsgi_param SCRIPT_NAME ''
+ping* reaper -r safe-fd fd-safe no-server no-threads-wait body-read-warning command-mode force-* clock locks rpc-max
+    profiler mode extract connect-and-read dump-options print-sym* binary-* binsh privileged-* unprivileged-*
+    skip-atexit* use-abort -c | nothing, it is left out
+'''
 
 # Lines that stray into a uwsgi.ini: names, remark.
-STRANGERS = (
-    ('<<<<<<<* ======* >>>>>>>* |||||||*', 'is a mark of a merge conflict: choose one side'),
-    ('autostart autorestart redirect_stderr command stdout_logfile* stderr_logfile* startsecs startretries '
-     'stopwaitsecs stopsignal stopasgroup killasgroup numprocs process_name', 'belongs to supervisord'),
-    ('user group directory environment', "belongs to supervisord or systemd; here it's uid, gid, chdir, env"),
-    ('uwsgi_* proxy_* server_name location upstream server access_log error_log client_max_body_size root alias',
-     'belongs to nginx'),
-    ('ExecStart* Restart* WantedBy Type KillSignal WorkingDirectory User Group After', 'belongs to a systemd unit'),
-    ('use paste.* [*', 'belongs to PasteDeploy or another program'),
-)
+STRANGERS = '''
+<<<<<<<* ======* >>>>>>>* |||||||* | is a mark of a merge conflict: choose one side
+autostart autorestart redirect_stderr command stdout_logfile* stderr_logfile* startsecs startretries stopwaitsecs
+    stopsignal stopasgroup killasgroup numprocs process_name | belongs to supervisord
+user group directory environment | belongs to supervisord or systemd; here it's uid, gid, chdir, env
+uwsgi_* proxy_* server_name location upstream server access_log error_log client_max_body_size root alias
+    | belongs to nginx
+ExecStart* Restart* WantedBy Type KillSignal WorkingDirectory User Group After | belongs to a systemd unit
+use paste.* [* | belongs to PasteDeploy or another program
+'''
+
+
+def rows(table):
+    return table.strip().replace('\n    ', ' ').split('\n')
+
+
+BOOLEANS = {'true': True, 'yes': True, 'on': True, '': True, 'false': False, 'no': False, 'off': False}
+
+# Kinds of values: what is expected, the conversion (or a ValueError), what must hold of its result.
+KINDS = {
+    'flag': ('true or false', lambda text: BOOLEANS.get(text.lower(), text != '0'), None),     # all else means yes
+    'number': ('a whole number', int, lambda number: number >= 0),
+    'positive': ('a whole number greater than 0', int, lambda number: number > 0),
+    'seconds': ('a number of seconds', lambda text: float(text) if '.' in text else int(text), lambda time: time >= 0),
+    'octal': ('an octal mode such as 660', lambda text: 0o666 if text == '1' or BOOLEANS.get(text.lower()) else
+              int(text, 8), lambda mode: 0 <= mode <= 0o777),
+    'protocol': ('uwsgi or http', lambda text: text.replace('http11', 'http'), lambda name: name in ('uwsgi', 'http')),
+    'path': ('a path', str, None),
+    'word': ('a name or an address', str, None),
+    'pair': ('name=value', str, lambda pair: pair.find('=') > 0),
+    'text': ('any text', str, None),
+    'network': ('an address or a network such as 10.0.0.0/8',
+                lambda text: __import__('ipaddress').ip_network(text, strict=False), None)}
 
 
 class Option:
     """A row of OPTIONS."""
 
-    def __init__(self, names, kind, default, meaning):
-        names = names.split()
-        self.names = [name for name in names if name[0] != '-']
-        self.short = [name for name in names if name[0] == '-']
-        self.name, self.attribute = names[0], names[0].replace('-', '_')
-        self.kind, self.default, self.meaning = kind, default, meaning
+    def __init__(self, row):
+        names, self.kind, default, self.meaning = (cell.strip() for cell in row.split('|'))
+        self.names = names.split()
+        self.name, self.attribute = self.names[0], self.names[0].replace('-', '_')
+        self.kind, self.many = self.kind.rstrip('+'), self.kind[-1] == '+'
+        self.expected, self.convert, self.allowed = KINDS[self.kind]
+        self.default = () if self.many else self.convert(default) if default else None
 
 
-ROWS = [Option(*row) for row in OPTIONS if type(row) is tuple]
-BY_NAME = {name: option for option in ROWS for name in (*option.names, *option.short)}
+ROWS = [Option(row) for row in rows(OPTIONS) if '|' in row]
+BY_NAME = {name: option for option in ROWS for name in option.names}
 
 
 def glob_sorted(pattern):
@@ -360,329 +347,107 @@ def glob_sorted(pattern):
 
 def leading_number(value):
     """As C's atoi(): the digits at the front, or 0."""
-    digits = value[1:] if value[:1] == '-' else value
-    digits = digits[:len(digits) - len(digits.lstrip('0123456789'))][:18] or '0'
-    return -int(digits) if value[:1] == '-' else int(digits)
+    digits = ''.join(itertools.takewhile(str.isdecimal, value.lstrip('-')))
+    return int(digits[:18] or '0') * (-1 if value[:1] == '-' else 1)
 
 
 def substitute(opening, value, replacement):
     """Replace each opening...) (parentheses balanced) by replacement(...); None leaves it as it is."""
     out, at = '', 0
     while (start := value.find(opening, at)) >= 0:
-        end, depth = start + 2, 1
+        end, depth = start + len(opening), 1
         while depth and end < len(value):
             depth += {'(': 1, ')': -1}.get(value[end], 0)
             end += 1
         if depth:
             break
-        new = replacement(value[start + 2:end - 1])
+        new = replacement(value[start + len(opening):end - 1])
         out += value[at:start] + (value[start:end] if new is None else new)
         at = end
     return out + value[at:]
 
 
-def read_text(name):
-    """The content of a file for @(file), less one line end."""
+NOT_RUN = '@({}): only files can be read, nothing is run; set a variable before the start and use $(VARIABLE)'
+
+
+def read_file(name, refusal="can't read {}: only files can be read"):
+    """The content of a file, less one line end."""
     if '://' in name:
-        raise ConfigError(f"@({name}): only files can be read, nothing is run; set a variable before the start and "
-                          "use $(VARIABLE)")
+        raise ConfigError(refusal.format(name))
     try:
-        with open(name, encoding='utf-8', errors='surrogateescape') as file:
-            content = file.read()
+        with open(name, encoding='utf-8-sig', errors='surrogateescape') as file:
+            return file.read().removesuffix('\n')
     except (OSError, ValueError) as error:
         raise ConfigError(f"can't read {name}: {getattr(error, 'strerror', None) or error}") from None
-    return content[:-1] if content.endswith('\n') else content
 
 
-def magic_of_file(file, section):
-    absolute, digest = os.path.abspath(file), 5381
-    directory, base = os.path.split(absolute)
-    stem, dot, extension = base.rpartition('.')
-    for byte in os.fsencode(absolute):
-        digest = digest * 33 & 0xffffffff ^ byte
-    return {'o': file, 'p': absolute, 's': base, 'n': stem or base, 'e': extension if dot else '',
-            'd': directory.rstrip('/') + '/', 'c': os.path.basename(directory), 'i': str(os.stat(file).st_ino),
-            'x': '' if section == 'uwsgi' else section, 'j': digest.to_bytes(4, 'little').hex().upper()}
-
-
-def magic(file, section, first_file, first_section):
-    """What %n, %d, %k … (file, directory, cores …) stand for; upper case is for the first file."""
-    values = {letter.upper(): text for letter, text in magic_of_file(first_file, first_section).items()}
-    values.update(magic_of_file(file, section))
-    values.update({
-        'b': os.path.abspath(__file__), 'v': os.getcwd(), 'V': __version__, 'h': socket.gethostname(), '%': '%',
-        'k': str(os.cpu_count()), 't': str(int(time.time())), 'T': str(int(time.time() * 1e6)), '[': '\33',
-        'u': str(os.getuid()), 'g': str(os.getgid())})
-    for letter, module, lookup in ('U', 'pwd', 'getpwuid'), ('G', 'grp', 'getgrgid'):
-        try:
-            values[letter] = getattr(__import__(module), lookup)(int(values[letter.lower()]))[0]
-        except KeyError:                                # a container's user may have no name
-            values[letter] = values[letter.lower()]
-    parts = values['d'].strip('/').split('/') + [''] * 10
-    values.update((str(i), parts[i]) for i in range(10))
-    return values
-
-
-def expand_magic(line, values):
-    """Fill in %n, %d, %k …; an unknown one stays (uWSGI drops it)."""
-    out, at = '', 0
-    while (start := line.find('%', at)) >= 0:
-        letter = line[start + 1:start + 2]
-        out += line[at:start] + values.get(letter, '%' + letter)
-        at = start + 2
-    return out + line[at:]
+def magic(*places):
+    """What %n, %d, %k … stand for. Places: (file, section) of the first file (upper case) and of the one at hand."""
+    import grp
+    import pwd
+    uid, gid = os.getuid(), os.getgid()
+    values = {'b': os.path.abspath(__file__), 'v': os.getcwd(), 'V': __version__, 'h': socket.gethostname(),
+              'k': os.cpu_count(), 't': int(time.time()), 'T': int(time.time() * 1e6), 'u': uid, 'g': gid,
+              'U': uid, 'G': gid, '[': '\33', '\0': '%'}
+    with contextlib.suppress(KeyError):                 # a container's user may have no name
+        values['U'], values['G'] = pwd.getpwuid(uid)[0], grp.getgrgid(gid)[0]
+    for (file, section), case in zip(places, (str.upper, str)):
+        path, digest = os.path.abspath(file), 5381
+        for byte in os.fsencode(path):
+            digest = digest * 33 & 0xffffffff ^ byte
+        directory, base = os.path.split(path)
+        stem, extension = os.path.splitext(base)
+        its = {'o': file, 'p': path, 's': base, 'n': stem, 'e': extension[1:], 'd': directory.rstrip('/') + '/',
+               'c': os.path.basename(directory), 'x': '' if section == 'uwsgi' else section,
+               'i': os.stat(file).st_ino, 'j': digest.to_bytes(4, 'little').hex().upper()}
+        values.update((case(letter), value) for letter, value in its.items())
+    return {**values, **dict(zip('0123456789', directory.strip('/').split('/') + [''] * 10))}
 
 
 RELOADED = 'MINUWSGI_RELOAD'            # the variable that hands state to the new image (part 10)
 
-# What `if-file = X` and the like ask of X; `if-env` and `if-opt` look for a text, see Settings.find().
+# What `if-file = X` and the like ask of X; what `if-env` and `if-opt` find is the text for %(_).
 TESTS = {'file': os.path.isfile, 'dir': os.path.isdir, 'directory': os.path.isdir, 'exists': os.path.exists,
          'hostname': lambda name: socket.gethostname() == name, 'reload': lambda _: RELOADED in os.environ,
-         'plugin': lambda name: name.startswith(('python', 'http', 'cgi')), 'env': None, 'opt': None}
-LOOPS = {'': str.split, 'times': lambda value: [str(i + 1) for i in range(min(leading_number(value), 10000))],
-         'glob': glob_sorted, 'readline': lambda value: read_text(value).split('\n')}
-ENDS = 'endif', 'end-if', 'endfor', 'end-for', 'end'
-OPERATORS = {'+': lambda a, b: a + b, '-': lambda a, b: a - b, '*': lambda a, b: a * b,
-             '/': lambda a, b: int(a / b) if b else 0}
-
-
-def block_kind(name):
-    """('if' or 'for', the rest of the name) for a name that opens a block, else None."""
-    kind = 'for' if name[:3] == 'for' else name[:2]
-    rest = name[len(kind):].lstrip('-')
-    if kind == 'for' and rest in LOOPS or kind == 'if' and rest.replace('not-', '', 1) in TESTS:
-        return kind, rest
-    return None
-
-
-def matching(table, name, value):
-    """The remark of the table's first row that has the name, or None."""
-    text = f'{name}={value}'
-    for patterns, remark in table:
-        for pattern in patterns.split():
-            if name == pattern or pattern[-1] == '*' and text.startswith(pattern[:-1]):
-                return remark
-    return None
+         'plugin': lambda name: name.startswith(('python', 'http', 'cgi')), 'env': os.environ.get, 'opt': None}
+CONDITIONS = {prefix + test: (prefix, test) for test in TESTS for prefix in ('if-', 'if', 'if-not-')}
+LOOPS = {'for': str.split, 'for-glob': glob_sorted, 'for-readline': lambda name: read_file(name).split('\n'),
+         'for-times': lambda times: [str(i + 1) for i in range(min(leading_number(times), 10000))]}
+BLOCKS, ENDS = {*CONDITIONS, *LOOPS}, {'endif', 'end-if', 'endfor', 'end-for', 'end'}
 
 
 def fate(name, value=''):
-    """(fate, remark): what becomes of a line."""
-    if name in BY_NAME or name in ENDS or name == 'exit' or block_kind(name):
+    """(fate, reason): what becomes of a line."""
+    if name in BY_NAME or name in BLOCKS or name in ENDS or name == 'exit':
         return 'used', ''
-    for kind, table in (('always', NOT_NEEDED), ('unsupported', NOT_SUPPORTED)):
-        remark = matching(table, name, value)
-        if remark:
-            return kind, remark
+    for kind, table in ('always', NOT_NEEDED), ('unsupported', NOT_SUPPORTED), ('unknown', STRANGERS):
+        for row in rows(table):
+            patterns, _, reason = row.rpartition(' | ')
+            for pattern in patterns.split():
+                if name == pattern or pattern[-1] == '*' and f'{name}={value}'.startswith(pattern[:-1]):
+                    return kind, reason
     return 'unknown', ''
 
 
-def guess(name):
-    """What may be meant by an unknown name: ", did you mean 'vacuum'?" or ''."""
-    import difflib
-    rows = [row[0].split() for table in (OPTIONS, NOT_NEEDED, NOT_SUPPORTED) for row in table if type(row) is tuple]
-    names = [n for row in rows for n in row if n[0] != '-' and n[-1] != '*']
-    meant = ([row[0] for row in rows if '-' + name in row] or difflib.get_close_matches(name, names, 1, 0.75)
-             or [n for n in names if n.startswith(name + '-')])
-    return f", did you mean '{meant[0]}'?" if meant else ''
-
-
-def describe_unknown(name, value):
+def describe_unknown(name, value=''):
     """What to say of a line that is no option."""
-    first, _, rest = name.partition(' ')
-    stranger = matching(STRANGERS, name, value)
+    stranger = fate(name, value)[1]
     if stranger:
         return f"'{name or '=' + value}' {stranger}"
     if '{{' in name or '{%' in name:
         return f"'{name}' is a template that wasn't filled in"
+    first, _, rest = name.partition(' ')
     if rest and fate(first)[0] != 'unknown':
         return f"'{name}' is no option; is a = missing? {first} = {rest}{value and '='}{value}"
-    return f"unknown option '{name}'{guess(name)}"
-
-
-class Setting:
-    """One line of the configuration: name, value as expanded, where it stands, its fate and a remark."""
-
-    def __init__(self, name, value, where):
-        self.name, self.value, self.where = name, value, where
-        self.fate, self.remark = fate(name, value)
-        self.warnings, self.errors = [], []
-
-    def warn(self, remark):
-        self.remark = f'{self.remark}; {remark}' if self.remark else remark
-        self.warnings.append(f'{self.where}: {remark}')
-
-    def fail(self, remark):
-        self.warn(remark)
-        self.errors.append(self.warnings.pop())
-
-    def strip_comment(self):
-        """uWSGI keeps a comment after a value as a part of it, which is never meant."""
-        text = ' ' + self.value.replace('\t', ' ')
-        at = min((i for i in (text.find(' ;'), text.find(' #')) if i >= 0), default=-1)
-        if at >= 0:
-            comment, self.value = self.value[at:].strip(), self.value[:at].rstrip()
-            self.warn(f'{self.name}: a comment needs a line of its own, {comment!r} is left out')
+    import difflib
+    known = [row.split('|')[0].split() for row in rows(OPTIONS + NOT_NEEDED + NOT_SUPPORTED) if '|' in row]
+    names = [n for row in known for n in row if n[0] != '-' and n[-1] != '*']
+    meant = ([row[0] for row in known if '-' + name in row] or difflib.get_close_matches(name, names, 1, 0.75)
+             or [n for n in names if n.startswith(name + '-')])
+    return f"unknown option '{name}'" + (f", did you mean '{meant[0]}'?" if meant else '')
 
 
 COMMAND_LINE = 'command line'
-
-
-class Settings:
-    """The list of all settings, in the order in which they apply."""
-
-    def __init__(self):
-        self.all, self.notes = [], []   # notes: what is wrong with a file as a whole
-        self.block = None               # inside if or for: (texts for %(_), the lines gathered so far)
-        self.files = []                 # (file, section) of all that was read
-        self.inherited = []             # (file, where): read when all else was
-        self.asked = set()              # names that occur in a %(...)
-
-    def add(self, name, value, where):
-        """Take one line. What steers the reading acts at once."""
-        if self.block is not None and name not in ENDS and not block_kind(name):
-            self.block[1].append((name, value, where))
-            return
-        if name in ENDS:
-            self.end_block()
-        setting = Setting(name, value, where)
-        self.all.append(setting)
-        self.attempt(self.obey, setting)
-
-    def attempt(self, action, setting):
-        try:
-            action(setting)
-        except ConfigError as error:
-            if setting.where == COMMAND_LINE:
-                raise
-            setting.fail(str(error))
-
-    def obey(self, setting):
-        """Do what a line says that steers the reading; the others wait for Config."""
-        name, value, where = setting.name, setting.value, setting.where
-        if setting.fate in ('used', 'unknown') and name != 'env' and (
-                name not in BY_NAME or BY_NAME[name].kind is not anything):
-            setting.strip_comment()
-        if block_kind(name) and self.block is not None:
-            raise ConfigError(f'{name} within another block: there are no nested blocks')
-        elif block_kind(name):
-            self.begin_block(setting, *block_kind(name))
-        elif name in ('ini', 'include', 'config'):
-            self.read_ini(setting)
-        elif name == 'inherit':
-            self.inherited.append(setting)
-        elif name in ('set', 'set-ph', 'set-placeholder'):
-            key, _, value = value.partition('=')
-            self.add(key.strip(), value.strip(), where)
-            if name != 'set':
-                self.asked.add(key.strip())
-        elif name == 'exit':
-            raise ConfigError(f'the configuration says exit {value}'.rstrip())
-
-    def begin_block(self, setting, kind, test):
-        """Find for which texts the lines of a block are taken: none or one for an if."""
-        self.block = (), []                             # where it fails, nothing is taken
-        value = self.fill(setting.value)
-        if kind == 'for':
-            texts = LOOPS[test](value)
-        else:
-            negative, test = test[:4] == 'not-', test.replace('not-', '', 1)
-            subject, equals, wanted = (part.strip() for part in value.partition('='))
-            found = self.find(test, subject)
-            held = found is not None and (not equals or found == wanted)
-            texts = [] if held == negative else ['%(_)' if negative else found]
-            setting.remark = setting.remark or ('' if texts else 'not so: the lines of the block are left out')
-        self.block = texts, []
-
-    def find(self, test, subject):
-        """The text for %(_) if a condition holds, else None."""
-        if test == 'env':
-            return os.environ.get(subject)
-        if test == 'opt':
-            self.asked.add(subject)
-            return next((s.value for s in self.all if s.name == subject), None)
-        return subject if TESTS[test](subject) else None
-
-    def end_block(self):
-        texts, lines = self.block or ((), ())
-        self.block = None
-        for text in texts:
-            for name, value, where in lines:
-                self.add(name, value.replace('%(_)', text), where)
-
-    def read_ini(self, setting):
-        """Take the section [uwsgi] of a file, or another: file:section, :section (of the last file)."""
-        file = name = self.fill(setting.value)
-        section = 'uwsgi'
-        if not os.path.exists(name) and ':' in name and '://' not in name:
-            file, _, section = name.rpartition(':')
-        file = file or (self.files[-1][0] if self.files else '')
-        if (file, section) in self.files:
-            setting.warn(f'{file}:{section} was read already')
-            return
-        try:
-            with open(file, encoding='utf-8-sig', errors='surrogateescape', newline='') as lines:
-                lines = lines.read().split('\n')
-        except (OSError, ValueError) as error:
-            reason = 'only files can be read' if '://' in name else getattr(error, 'strerror', None) or error
-            raise ConfigError(f"can't read {name or 'a file without a name'}: {reason}") from None
-        self.files.append((file, section))
-        values = magic(file, section, *self.files[0]) if any('%' in line for line in lines) else {}
-        self.take_lines(lines, file, section, values)
-
-    def take_lines(self, lines, file, section, values):
-        found = []
-        for i, line in enumerate(lines, 1):
-            line = expand_magic(line, values).strip(' \t\r')
-            self.note_names(line)
-            if line[:1] == '[':
-                found.append(line[1:].partition(']')[0].strip())
-            elif line and line[0] not in ';#' and found[-1:] == [section]:
-                key, _, value = line.partition('=')
-                self.add(key.strip(' \t'), value.strip(' \t'), f'{file}:{i}')
-        if self.block is not None:
-            self.notes.append(f'{file}: a block has no end; it ends with the file')
-            self.end_block()
-        if section not in found:
-            others = ', '.join(f'{file}:{name}' for name in dict.fromkeys(found)) or 'it has no section at all'
-            self.notes.append(f'{file}: there is no section [{section}], so nothing is taken from it; try {others}')
-
-    def note_names(self, line):
-        """Remember which names are asked for with %(name): they are variables."""
-        substitute('%(', line, lambda names: self.asked.update(names.replace('(', ' ').replace(')', ' ').split()))
-
-    def fill(self, value, within=()):
-        """Fill in $(ENV), @(file) and %(name), in uWSGI's order; what isn't known stays as it is."""
-        value = substitute('$(', value, os.environ.get)
-        value = substitute('@(', value, read_text)
-        return substitute('%(', value, lambda names: self.compute(names, within))
-
-    def compute(self, expression, within):
-        """The text for %(name), %(a b) and %(a + b): names and numbers, strictly from left to right."""
-        while '(' in expression:
-            before, _, rest = expression.rpartition('(')
-            inner, _, rest = rest.partition(')')
-            expression = before + str(self.compute(inner, within)) + rest
-        result = operator = None
-        for token in expression.replace('++', '+ 1').replace('--', '- 1').split():
-            if token in OPERATORS:
-                operator = token
-                continue
-            if not token.isdecimal():
-                found = next((s.value for s in self.all if s.name == token), None)
-                token = None if found is None or token in within else self.fill(found, (*within, token))
-            if token is not None and operator and result is not None:
-                token, operator = str(OPERATORS[operator](leading_number(result), leading_number(token))), None
-                result = token
-            elif token is not None:
-                result = (result or '') + token
-        return result
-
-    def expand(self):
-        for setting in self.all:
-            try:
-                setting.value = self.fill(setting.value, (setting.name,))
-            except ConfigError as error:
-                getattr(setting, 'fail' if setting.fate == 'used' else 'warn')(str(error))
 
 
 def target(argument):
@@ -694,178 +459,296 @@ def target(argument):
     return 'module' if ':' in argument[1:] and '/' not in argument and not argument[-1].isdigit() else None
 
 
-def only_one(prefix):
-    """The option that a prefix of its name stands for, as getopt_long() allows, if there is just one."""
-    prefix = prefix.replace('_', '-')
-    found = {BY_NAME[name] for name in BY_NAME if name.startswith(prefix) and prefix[:1] != '-'}
-    return BY_NAME.get(prefix) or (found.pop() if len(found) == 1 else None)
-
-
-def command_line(arguments, settings):
-    """Take the arguments: options (as --name value, --name=value, -x value), then .ini and .py files."""
-    rest, targets = list(arguments), []
+def command_line(arguments):
+    """Arguments as lines: options (--name value, --name=value, -x value), then .ini and .py files."""
+    rest, lines, targets = list(arguments), [], []
     while rest:
         argument = rest.pop(0)
-        if argument[:1] != '-':
-            if not target(argument):
-                raise ConfigError(f"command line: what is {argument!r}? A .ini or .py file or module:callable is "
-                                  "expected; see --help")
-            targets.append(argument)
+        if target(argument) and argument[0] != '-':
+            targets.append((target(argument), argument, COMMAND_LINE))
             continue
-        name, equals, value = argument.lstrip('-').partition('=')
+        name, equals, value = argument[2:].partition('=')
         if argument[:2] != '--':
-            name, value = argument[:2], argument[2:].lstrip('=')
-            equals = value
-        option = BY_NAME.get(name) or only_one(name)
-        if option is None and fate(name)[0] == 'unknown':
-            raise ConfigError(f'command line: unknown option {argument}{guess(name)}; see --help')
-        if not equals and (not option or option.kind is not flag):
-            if rest and rest[0][:1] != '-' and not (target(rest[0]) and (not option or option.kind is octal)):
+            name, equals, value = argument[:2], argument[2:], argument[2:].lstrip('=')
+        begun = {option for known, option in BY_NAME.items() if known.startswith(name.replace('_', '-'))}
+        option = begun.pop() if len(begun) == 1 else BY_NAME.get(name)              # as getopt_long() allows
+        optional = not option or option.kind == 'octal'
+        if argument[:1] != '-' or not option and fate(name)[0] == 'unknown':
+            raise ConfigError(f'command line: what is {argument!r}? {describe_unknown(name)}; see --help')
+        if not equals and not (option and option.kind == 'flag'):
+            if rest and rest[0][:1] != '-' and not (optional and target(rest[0])):
                 value = rest.pop(0)
-            elif option and option.kind is not octal:
-                raise ConfigError(f'command line: {argument} needs a value: {option.kind.expected}')
-        settings.add(option.name if option else name, value, COMMAND_LINE)
-    for argument in targets:
-        settings.add(target(argument), argument, COMMAND_LINE)
+            elif not optional:
+                raise ConfigError(f'command line: {argument} needs a value: {option.expected}')
+        lines.append((option.name if option else name, value, COMMAND_LINE))
+    return lines + targets
+
+
+class Setting:
+    """One line of the configuration, its fate, and what there is to say of it."""
+
+    def __init__(self, name, value, where):
+        self.name, self.value, self.where = name, value, where
+        self.fate, self.reason = fate(name, value)
+        self.warnings, self.errors = [], []
+
+    def strip_comment(self):
+        """uWSGI keeps a comment after a value as a part of it, which is never meant."""
+        blank = f' {self.value} '.replace('\t', ' ')
+        at = min(f'{blank};'.find(' ;'), f'{blank}#'.find(' #'))
+        if at < len(self.value):
+            self.warnings.append(f'{self.name}: a comment needs a line of its own, {self.value[at:]!r} is left out')
+            self.value = self.value[:at].rstrip()
+
+
+def doubts(value):
+    """What uWSGI takes literally and nobody means."""
+    if value[:1] in ('"', "'") and value[-1:] == value[:1]:
+        yield 'the quotes are a part of the value; leave them out'
+    if '{{' in value or '{%' in value or '<%' in value:
+        yield "a template that wasn't filled in"
+    elif '$(' in value:
+        yield f'{value}: there is no such variable in the environment'
+    elif '$' in value:
+        yield f'{value}: variables of the environment are written $(NAME)'
 
 
 class Config:
-    """The options as attributes (- becomes _); nothing changes them after load_config()."""
+    """The options as attributes (- becomes _); nothing changes them once it is made."""
 
-    def __init__(self, settings):
-        self.settings, self.notes, self.asked = settings.all, settings.notes, settings.asked
-        self.setters = {}                               # attribute -> the setting that set it
+    def __init__(self, arguments):
+        self.settings, self.files = [], []              # all lines in order; (file, section) of all that was read
+        self.variables, self.setters = set(), {}        # names in a %(...); option -> the setting that set it
         for option in ROWS:
             setattr(self, option.attribute, option.default)
-        settings.expand()
-        for setting in sorted(settings.all, key=lambda setting: setting.where == COMMAND_LINE):    # it wins
-            self.take(setting)
-        self.warnings = list(dict.fromkeys([*self.notes, *(text for s in self.settings for text in s.warnings)]))
-        self.errors = list(dict.fromkeys(text for s in self.settings for text in s.errors))
+        self.take((name[6:].lower().replace('_', '-'), value, f'environment {name}')
+                  for name, value in os.environ.items() if name.startswith('UWSGI_'))
+        self.take(command_line(arguments))
+        for setting in self.settings:                   # it may grow
+            if setting.name == 'inherit':
+                self.attempt(self.read_ini, setting)
+        for setting in sorted(self.settings, key=lambda setting: setting.where == COMMAND_LINE):    # it wins
+            self.judge(setting)
+            self.attempt(self.use, setting)
+        self.warnings = list(dict.fromkeys(f'{s.where}: {text}' for s in self.settings for text in s.warnings))
+        self.errors = list(dict.fromkeys(f'{s.where}: {text}' for s in self.settings for text in s.errors))
         if self.strict:
-            self.errors += [f'{s.where}: {s.remark} (strict)' for s in self.settings if s.fate == 'unknown']
+            self.errors += [f'{s.where}: {s.reason} (strict)' for s in self.settings if s.fate == 'unknown']
+        files = [target.partition('file:')[2] for target in self.logger if 'file:' in target]
+        self.logto = self.daemonize or self.logto or (files[-1] if files else None)
+        if self.logto:
+            self.logto = os.path.abspath(self.logto)    # before chdir, as in uWSGI
 
-    def take(self, setting):
-        """Give one setting its fate, and its value to the attribute that it sets."""
-        name = setting.name.replace('_', '-')
-        if setting.fate == 'unknown' and (setting.name in self.asked or setting.where.startswith('environment')):
-            setting.fate = 'variable'
-        elif setting.fate == 'unknown' and name != setting.name and fate(name)[0] != 'unknown':
-            setting.warn(f"'{setting.name}' is written '{name}'")
-            setting.name, setting.fate = name, fate(name)[0]
-        if setting.fate == 'unknown':
-            setting.warn(describe_unknown(setting.name, setting.value))
-        elif setting.fate == 'unsupported':
-            setting.warnings.append(f"{setting.where}: '{setting.name}' isn't supported; instead: {setting.remark}")
-        elif setting.name in BY_NAME:
-            self.convert(setting, BY_NAME[setting.name])
-
-    def convert(self, setting, option):
-        """Set the attribute. What uWSGI reads otherwise than it is meant gets a warning, never a start refused."""
-        kind, value = option.kind, setting.value
-        taken = None
-        if kind in NUMERIC and value.lower() in BOOLEANS:
-            taken = str(option.default if kind is positive else 0)
-        elif kind in NUMERIC and value[:1].isdecimal() and not value.replace('.', '', kind is seconds).isdecimal():
-            taken = str(leading_number(value))
-        elif kind in (filename, word) and value.lower() in BOOLEANS:
-            taken = value
-        if taken == '':
-            return setting.warn(f'{setting.name}: it is empty and left out; {kind.expected} is expected')
-        if taken is not None:
-            setting.warn(f'{setting.name} = {value}: {kind.expected} is expected; taken as {taken}')
-        if kind is not anything:
-            self.doubt(setting)
+    def attempt(self, action, setting, *rest):
         try:
-            value = kind.convert(value if taken is None else taken)
-            if kind in NUMERIC and value < 0:
-                refuse()
+            action(setting, *rest)
+        except ConfigError as error:
+            if setting.where == COMMAND_LINE:
+                raise
+            (setting.errors if setting.fate == 'used' else setting.warnings).append(str(error))
+
+    def take(self, lines):
+        """Take lines (name, value, where); what steers the reading acts at once."""
+        lines = iter(lines)
+        for line in lines:
+            self.settings.append(Setting(*line))
+            self.attempt(self.obey, self.settings[-1], lines)
+
+    def obey(self, setting, lines):
+        name, option = setting.name, BY_NAME.get(setting.name)
+        if setting.fate in ('used', 'unknown') and name != 'env' and not (option and option.kind == 'text'):
+            setting.strip_comment()
+        if name in BLOCKS:
+            self.take_block(setting, lines)
+        elif option is BY_NAME['ini']:
+            self.read_ini(setting)
+        elif option is BY_NAME['set']:
+            key, _, value = setting.value.partition('=')
+            self.take([(key.strip(), value.strip(), setting.where)])
+            if name != 'set':
+                self.variables.add(key.strip())
+        elif name == 'exit':
+            raise ConfigError(f'the configuration says exit {setting.value}'.rstrip())
+
+    def take_block(self, setting, lines):
+        """Take the lines up to the end of an if or for: as often as there are texts for %(_)."""
+        body, end = [], []
+        for line in lines:
+            if line[0] in ENDS:
+                end = [line]
+                break
+            if line[0] in BLOCKS:
+                setting.errors.append(f'{line[0]} within another block: there are no nested blocks')
+            else:
+                body.append(line)
+        else:
+            setting.warnings.append('a block has no end; it ends with the file')
+        for text in self.texts_of_block(setting):
+            self.take((name, value.replace('%(_)', text), where) for name, value, where in body)
+        self.take(end)
+
+    def texts_of_block(self, setting):
+        value = self.fill(setting.value)
+        if setting.name in LOOPS:
+            return LOOPS[setting.name](value)
+        prefix, test = CONDITIONS[setting.name]
+        subject, equals, wanted = (part.strip() for part in value.partition('='))
+        if test == 'opt':
+            self.variables.add(subject)
+        found = (TESTS[test] or self.first)(subject)
+        held = found not in (None, False) and (not equals or found == wanted)
+        if held == (prefix == 'if-not-'):
+            setting.reason = 'not so: the lines of the block are left out'
+            return []
+        return ['%(_)' if not held else subject if found is True else found]
+
+    def read_ini(self, setting):
+        """Take the section [uwsgi] of a file, or another: file:section, :section (of the last file)."""
+        file, section = self.fill(setting.value), 'uwsgi'
+        if not os.path.exists(file) and ':' in file and '://' not in file:
+            file, _, section = file.rpartition(':')
+            file = file or (self.files[-1][0] if self.files else '')
+        if (file, section) in self.files:
+            setting.warnings.append(f'{file}:{section} was read already')
+            return
+        text = read_file(file)
+        self.files.append((file, section))
+        values = magic(self.files[0], self.files[-1]) if '%' in text else {}
+        lines, sections = [], []
+        for number, line in enumerate(text.split('\n'), 1):
+            before, *rest = line.replace('%%', '%\0').split('%')
+            for part in rest:                           # an unknown one stays (uWSGI drops it)
+                before += str(values.get(part[:1], '%' + part[:1])) + part[1:]
+            line = before.strip()
+            substitute('%(', line, self.note_variables)
+            if line[:1] == '[':
+                sections.append(line[1:].partition(']')[0].strip())
+            elif line and line[0] not in ';#' and sections[-1:] == [section]:
+                name, _, value = line.partition('=')
+                lines.append((name.strip(), value.strip(), f'{file}:{number}'))
+        if section not in sections:
+            others = ', '.join(f'{file}:{name}' for name in dict.fromkeys(sections))
+            setting.warnings.append(f'{file}: there is no section [{section}], so nothing is taken from it; '
+                                    + (f'try {others}' if others else 'it has no section at all'))
+        self.take(lines)
+
+    def note_variables(self, names):
+        self.variables.update(names.replace('(', ' ').replace(')', ' ').split())
+
+    def first(self, name):
+        return next((setting.value for setting in self.settings if setting.name == name), None)
+
+    def fill(self, value, within=()):
+        """Fill in $(ENV), @(file) and %(name), in uWSGI's order; what isn't known stays as it is."""
+        value = substitute('$(', value, os.environ.get)
+        value = substitute('@(', value, lambda name: read_file(name, NOT_RUN))
+        return substitute('%(', value, lambda expression: self.compute(expression, within))
+
+    def compute(self, expression, within):
+        """The text for %(name), %(a b) and %(a + b): names and numbers, strictly from left to right."""
+        expression = substitute('(', expression, lambda inner: self.compute(inner, within))
+        result = operator = None
+        for token in expression.replace('++', '+ 1').replace('--', '- 1').split():
+            text = token if token.isdecimal() else None if token in within else self.first(token)
+            if token in ('+', '-', '*', '/'):
+                operator = token
+            elif text is not None:
+                text = self.fill(text, (*within, token))
+                a, b = leading_number(result or ''), leading_number(text)
+                if operator and result is not None:
+                    result = str({'+': a + b, '-': a - b, '*': a * b, '/': int(a / (b or math.inf))}[operator])
+                    operator = None
+                else:
+                    result = (result or '') + text
+        return result
+
+    def judge(self, setting):
+        """The final fate of a line."""
+        dashed = setting.name.replace('_', '-')
+        if setting.fate == 'unknown' and (setting.name in self.variables or setting.where.startswith('environment')):
+            setting.fate, setting.reason = 'variable', ''
+        elif setting.fate == 'unknown' and fate(dashed)[0] != 'unknown':
+            setting.warnings.append(f"'{setting.name}' is written '{dashed}'")
+            setting.name, (setting.fate, setting.reason) = dashed, fate(dashed, setting.value)
+        if setting.fate == 'unknown':
+            setting.reason = describe_unknown(setting.name, setting.value)
+            setting.warnings.append(setting.reason)
+        elif setting.fate == 'unsupported':
+            setting.warnings.append(f"'{setting.name}' isn't supported; instead: {setting.reason}")
+
+    def use(self, setting):
+        """Set the attribute. What uWSGI reads otherwise than it is meant gets a warning, never a start refused."""
+        name, option = setting.name, BY_NAME.get(setting.name)
+        value = setting.value = self.fill(setting.value, (name,))
+        if not option:
+            return
+        expected, boolean = f'{option.expected} is expected', value.lower() in BOOLEANS
+        if option.kind != 'text':
+            setting.warnings += [f'{name}: {doubt}' for doubt in doubts(value)]
+        if option.kind in ('path', 'word') and boolean:
+            taken = f'taken as {value}' if value else 'it is empty and left out'
+            setting.warnings.append(f'{name} = {value}: {expected}; {taken}')
+            if not value:
+                return
+        wrong = ConfigError(f"'{name} = {value}': {expected}")
+        try:
+            result = option.convert(value)
         except ValueError:
-            return setting.fail(f"'{setting.name} = {setting.value}': {kind.expected} is expected")
-        if type(option.default) is tuple:
-            value = (*getattr(self, option.attribute), value)
-        elif option.attribute in self.setters:
-            earlier = self.setters[option.attribute]
-            earlier.remark = f'{earlier.remark}; '.lstrip('; ') + f'{setting.where} overrides it'
-        self.setters[option.attribute] = setting
-        return setattr(self, option.attribute, value)
-
-    def doubt(self, setting):
-        """Warn of what uWSGI takes literally and nobody means."""
-        value = setting.value
-        if value[:1] in ('"', "'") and value[-1:] == value[:1]:
-            setting.warn(f'{setting.name}: the quotes are a part of the value; leave them out')
-        if '{{' in value or '{%' in value or '<%' in value:
-            setting.warn(f"{setting.name}: a template that wasn't filled in")
-        elif '$(' in value:
-            setting.warn(f'{setting.name}: {value}: there is no such variable in the environment')
-        elif '$' in value:
-            setting.warn(f'{setting.name}: {value}: variables of the environment are written $(NAME)')
-
-
-def load_config(arguments):
-    """A Config from the environment, the files and the command line (a list of arguments)."""
-    settings = Settings()
-    for name, value in os.environ.items():
-        if name.startswith('UWSGI_'):
-            settings.add(name[6:].lower().replace('_', '-'), value, f'environment {name}')
-    command_line(arguments, settings)
-    for setting in settings.inherited:                  # it may grow
-        settings.attempt(settings.read_ini, setting)
-    config = Config(settings)
-    files = [target.partition('file:')[2] for target in config.logger if 'file:' in target]
-    config.logto = config.daemonize or config.logto or (files[-1] if files else None)
-    if config.logto:
-        config.logto = os.path.abspath(config.logto)    # before chdir, as in uWSGI
-    return config
-
-
-SECRET = 'pass', 'secret', 'key', 'token', 'credential', 'dsn'
-
-
-def is_secret(name):
-    return any(part in name.lower() for part in SECRET)
+            if option.kind not in ('number', 'positive', 'seconds') or not (boolean or value[:1].isdecimal()):
+                raise wrong from None
+            result = leading_number(value) or (option.default if option.kind == 'positive' else 0)
+            setting.warnings.append(f'{name} = {value}: {expected}; taken as {result}')
+        if option.allowed and not option.allowed(result):
+            raise wrong
+        if option.many:
+            result = (*getattr(self, option.attribute), result)
+        elif option in self.setters:
+            self.setters[option].reason = f'{setting.where} overrides it'
+        self.setters[option] = setting
+        setattr(self, option.attribute, result)
 
 
 def show_config(config):
     """Print each line of the configuration: its fate, name = value, where it stands, a remark. No secrets."""
-    secrets = [s.value for s in config.settings if s.fate != 'used' and is_secret(s.name)]
-    secrets += [value.strip() for name, _, value in (item.partition('=') for item in config.env) if is_secret(name)]
-    secrets += [value for name, value in os.environ.items() if is_secret(name)]
+    def is_secret(name):
+        return any(part in name.lower() for part in ('pass', 'secret', 'key', 'token', 'credential', 'dsn'))
+
+    variables = [item.partition('=')[::2] for item in config.env] + list(os.environ.items())
+    variables += [(setting.name, setting.value) for setting in config.settings if setting.fate != 'used']
+    secrets = [value.strip() for name, value in variables if is_secret(name) and len(value) > 5]
     sys.stdout.reconfigure(errors='backslashreplace')
     for setting in config.settings:
-        name, equals, _ = setting.value.partition('=')
+        value, (name, equals, _) = setting.value, setting.value.partition('=')
         if equals and (setting.name == 'env' or setting.name.startswith('set') and is_secret(name)):
             value = f'{name}=***'
-        else:
-            value = '***' if is_secret(setting.name) and setting.fate != 'used' else setting.value
-        line = f'{setting.fate:12}{setting.name} = {value}  ({setting.where})  {setting.remark}'.rstrip()
+        elif setting.fate != 'used' and is_secret(setting.name):
+            value = '***'
+        remark = setting.reason or '; '.join(setting.warnings + setting.errors)
+        line = f'{setting.fate:12}{setting.name} = {value}  ({setting.where})  {remark}'.rstrip()
         for secret in secrets:
-            line = line.replace(secret, '***') if len(secret) > 5 else line
+            line = line.replace(secret, '***')
         print(line.replace('\n', '\\n'))
-    for note in config.notes:
-        print(note)
     sys.stdout.flush()
 
 
 def usage():
     lines = [__doc__.split('\n\n')[0], 'minuwsgi.py [FILE.ini[:SECTION] | FILE.py | MODULE:CALLABLE] [OPTION …]']
-    for row in OPTIONS:
-        if type(row) is str:
+    for row in rows(OPTIONS):
+        option = BY_NAME.get(row.split()[0])
+        if '|' not in row:
             lines.append(f'{row}:')
-        elif row[3].startswith('the same'):
-            lines[-1] += f'; --{row[0].split()[0]}'
+        elif option.meaning.startswith('the same'):
+            lines[-1] += f'; --{option.name}'
         else:
-            option = Option(*row)
-            name = ', '.join([f'--{option.name}', *option.short]) + ('' if option.kind is flag else ' V')
-            default = f' [{option.default}]' if option.default not in (None, False, 0, (), '') else ''
-            lines.append(f'  {name:26} {option.meaning}{default}')
-    return '\n'.join(lines) + '''
+            short = [name for name in option.names if name[0] == '-']
+            name = ', '.join([f'--{option.name}', *short]) + ' V' * (option.kind != 'flag')
+            lines.append(f'  {name:26} {option.meaning}' + (f' [{option.default}]' if option.default else ''))
+    return '\n'.join(lines) + """
 Commands:
   --stop PIDFILE, --reload PIDFILE   send SIGTERM, SIGHUP to the master
   --curl SOCKET [PATH]               ask a uwsgi server and print its answer
   --version, --help
-'''
+"""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4596,7 +4479,7 @@ def main(arguments):
         if arguments[0] in ('--stop', '--reload'):
             return send_signal(*arguments[:2])
         start = Start(arguments)
-        config = load_config(arguments)
+        config = Config(arguments)
         if config.show_config:
             show_config(config)
             return 0

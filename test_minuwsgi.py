@@ -333,7 +333,7 @@ def load(tmp, text, *arguments):
     """The Config of these lines of [uwsgi] in tmp/app.ini."""
     text = textwrap.dedent(text)
     (tmp / 'app.ini').write_text(text if '[uwsgi]' in text else '[uwsgi]\n' + text)
-    return minuwsgi.load_config(['--ini', str(tmp / 'app.ini'), *arguments])
+    return minuwsgi.Config(['--ini', str(tmp / 'app.ini'), *arguments])
 
 
 def lines_of(config):
@@ -471,7 +471,7 @@ def test_every_quirk_of_the_dialect_is_read_as_uwsgi_reads_it(tmp, monkeypatch):
     monkeypatch.chdir(tmp)
     monkeypatch.setenv('PWD_FOR_TEST', str(tmp))
     directory_of_quirks(tmp)
-    assert lines_of(minuwsgi.load_config(['--ini', str(tmp / 'app.ini')])) == as_uwsgi_reads(tmp / 'app.ini')
+    assert lines_of(minuwsgi.Config(['--ini', str(tmp / 'app.ini')])) == as_uwsgi_reads(tmp / 'app.ini')
 
 
 @pytest.mark.parametrize('line, attribute, expected', [
@@ -601,15 +601,15 @@ def test_strict_makes_unknown_options_errors(tmp):
                                   b'[uwsgi] ; here\nvacuum = 1\nprocesses = 3\nenv = A=\xff\xfe'])
 def test_line_ends_a_bom_tabs_and_odd_bytes_do_no_harm(tmp, data):
     (tmp / 'app.ini').write_bytes(data)
-    config = minuwsgi.load_config([str(tmp / 'app.ini')])
+    config = minuwsgi.Config([str(tmp / 'app.ini')])
     assert (config.processes, config.vacuum, config.warnings, config.errors) == (3, True, [], [])
 
 
 def test_a_section_is_chosen_by_name_and_a_file_without_it_says_what_it_has(tmp):
     (tmp / 'a.ini').write_text('[dev]\nini = :base\nthreads = 2\n[base]\nprocesses = 3\n')
-    config = minuwsgi.load_config([f'{tmp}/a.ini:dev'])
+    config = minuwsgi.Config([f'{tmp}/a.ini:dev'])
     assert (config.processes, config.threads, config.warnings) == (3, 2, [])
-    (warning,) = minuwsgi.load_config([f'{tmp}/a.ini']).warnings
+    (warning,) = minuwsgi.Config([f'{tmp}/a.ini']).warnings
     assert 'no section [uwsgi]' in warning and f'{tmp}/a.ini:dev, {tmp}/a.ini:base' in warning
 
 
@@ -641,7 +641,7 @@ def test_the_command_line_wins_over_files_and_files_over_the_environment(tmp, mo
     (['-s', '/tmp/s', '-w', 'a', '-p4'], 'processes', 4),
 ])
 def test_arguments_are_options_files_and_applications(arguments, attribute, expected):
-    assert getattr(minuwsgi.load_config(arguments), attribute) == expected
+    assert getattr(minuwsgi.Config(arguments), attribute) == expected
 
 
 @pytest.mark.parametrize('arguments', [['--nope'], ['nonsense'], ['--processes'], ['nofile.ini']])
@@ -683,9 +683,9 @@ def test_every_option_of_uwsgi_has_a_fate_and_a_reason():
 
 
 def test_no_name_stands_twice_in_the_tables():
-    rows = [row[0].split() for row in minuwsgi.OPTIONS if type(row) is tuple]
-    rows += [row[0].split() for row in minuwsgi.NOT_NEEDED + minuwsgi.NOT_SUPPORTED]
-    names = [name for row in rows for name in row]
+    names = [name for option in minuwsgi.ROWS for name in option.names]
+    for row in minuwsgi.rows(minuwsgi.NOT_NEEDED) + minuwsgi.rows(minuwsgi.NOT_SUPPORTED):
+        names += row.rpartition(' | ')[0].split()
     assert [name for name in set(names) if names.count(name) > 1] == []
 
 
@@ -959,14 +959,14 @@ def test_help_fits_two_screens():
 def options_as_markdown():
     """The table of options for the README."""
     lines = ['| option | value | default | meaning |', '|---|---|---|---|']
-    for row in minuwsgi.OPTIONS:
-        if type(row) is str:
+    for row in minuwsgi.rows(minuwsgi.OPTIONS):
+        if '|' not in row:
             lines.append(f'| **{row}** | | | |')
             continue
-        option = minuwsgi.Option(*row)
-        names = ', '.join(f'`{name}`' for name in (*option.names, *option.short))
+        option = minuwsgi.Option(row)
+        names = ', '.join(f'`{name}`' for name in option.names)
         default = '' if option.default in (None, (), '') else f'`{str(option.default).lower()}`'
-        lines.append(f'| {names} | {option.kind.expected} | {default} | {option.meaning} |')
+        lines.append(f'| {names} | {option.expected} | {default} | {option.meaning} |')
     return '\n'.join(lines)
 
 
