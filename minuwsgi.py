@@ -1367,7 +1367,8 @@ def words(value):
 
 def keeps(environ):
     """May more requests follow on this connection?"""
-    wish = words(environ.get('HTTP_CONNECTION', ''))
+    wish = environ.get('HTTP_CONNECTION', '').lower()
+    wish = words(wish) if ',' in wish else (wish,)
     return 'close' not in wish and (environ['SERVER_PROTOCOL'] == 'HTTP/1.1' or 'keep-alive' in wish)
 
 
@@ -1833,6 +1834,10 @@ class Response:
             head += b'Connection: keep-alive\r\n'
         return head + self.extra.encode('latin-1') + b'\r\n'
 
+    def is_complete(self):
+        """Is the head as start_response() made it all that has to be sent before a body of known length?"""
+        return not self.http or self.http == 'HTTP/1.1' and not (self.has_date or self.has_server or self.body)
+
     def frame(self, chunks):
         """Hold chunks to the promised length; put the head and the sizes of chunks round them."""
         head = None if self.sent else self.take_head()
@@ -1866,6 +1871,23 @@ class Response:
             except BlockingIOError:
                 wait_for(self.fd, select.POLLOUT, time.monotonic() + self.timeout)
 
+    def send_small(self, body):
+        """Send head and whole body (bytes) by one write(); the job that is left, or None."""
+        self.sent, self.size, self.left = True, self.length, 0
+        data = self.head + body
+        if len(data) > SMALL:                           # because of the head
+            self.unblock()
+        try:
+            sent = os.write(self.fd, data)
+        except BlockingIOError:
+            sent = 0
+        except ConnectionError:
+            raise ClientGone(0, 'before the response') from None
+        if sent == len(data):
+            return None
+        self.unblock()
+        return run_a_while(self.fd, send_chunks(self.fd, [data[sent:]], self.patience))
+
     def finish(self, result):
         """Send what the application returned; the job that is left if the client doesn't keep up, else None."""
         job = None
@@ -1877,14 +1899,21 @@ class Response:
                 job = self.list_job([result] if kind is bytes else result)
             elif result is None:
                 raise TypeError('the application returned None: is a `return` missing?')
-            if job is None:
-                for chunk in result:
-                    self.write(chunk)
-                job = self.list_job([])
-            return run_a_while(self.fd, job)
+            return run_a_while(self.fd, job) if job else self.send_each(iter(result))
         finally:
             if hasattr(result, 'close'):
                 self.close_result(result)
+
+    def send_each(self, chunks):
+        """Send each chunk as soon as it is there; the job that is left, or None."""
+        job, first = None, next(chunks, None)
+        if type(first) is bytes and self.length == len(first) < SMALL and not self.sent and self.is_complete():
+            job = self.send_small(first)
+        elif first is not None:
+            self.write(first)
+        for chunk in chunks:
+            self.write(chunk)
+        return job if self.left == 0 and self.sent else run_a_while(self.fd, self.list_job([]))
 
     def close_result(self, result):
         try:
@@ -2553,11 +2582,12 @@ class Row:
 class Connection:
     """A client's connection over HTTP, between and during its requests."""
 
-    __slots__ = ('fd', 'environ', 'data', 'deadline', 'events', 'fields', 'again')
+    __slots__ = ('fd', 'template', 'address', 'data', 'deadline', 'events', 'blocking', 'fields', 'again')
 
-    def __init__(self, fd, environ, deadline):
-        self.fd, self.environ, self.deadline = fd, environ, deadline
+    def __init__(self, fd, template, address, deadline):
+        self.fd, self.template, self.address, self.deadline = fd, template, address, deadline
         self.data = b''                                 # read, but not yet used
+        self.blocking = True
         self.events = 0                                 # what the worker's epoll watches it for; 0: nothing
         self.fields = None                              # of the last request, from HTTP/1.1 on: the bytes,
         self.again = None                               # and what gives a new environ with them
@@ -2624,6 +2654,7 @@ class Core:
         self.line_start, self.line_end = f'[pid: {self.pid}|app: 0|req: ', f'(1 switches on core {number})\n'
         self.plain_log = not (self.config.disable_logging or self.config.log_format or self.config.log_x_forwarded_for)
         self.next_second, self.usual_end = 0.0, ''      # HTTP: when its headers change, what they are
+        self.closing_end = ''
         self.template = {
             'REQUEST_METHOD': 'GET', 'SCRIPT_NAME': '', 'PATH_INFO': '', 'QUERY_STRING': '', 'SERVER_NAME': 'localhost',
             'SERVER_PORT': '80', 'SERVER_PROTOCOL': 'HTTP/1.1', 'wsgi.version': (1, 0), 'wsgi.url_scheme': 'http',
@@ -2632,12 +2663,15 @@ class Core:
             'wsgi.input_terminated': True, 'uwsgi.version': __version__.encode(),
             'uwsgi.node': os.uname().nodename.encode()}
         self.expected = Expected(self.template)
+        self.templates = {fd: dict(self.template, SERVER_NAME=listener.host, SERVER_PORT=listener.port, REMOTE_ADDR='',
+                                   REMOTE_PORT='') for fd, listener in worker.listeners.items()}
+        self.accepts = 0
 
     def serve(self, accept):
         """The hot path: connection after connection, until accept() fails because of a stop.
 
         What each request needs is a local variable; what is rare is in a method."""
-        preadv, write, close, clock, nowait = os.preadv, os.write, os.close, time.monotonic, NOWAIT
+        preadv, close, clock, nowait = os.preadv, os.close, time.monotonic, NOWAIT
         memory, packet, numbers = self.row.memory, [self.row.packet], self.row.numbers
         response, application, expected = self.response, self.application, self.expected
         start_response, logging = response.start_response, self.worker.logging
@@ -2700,15 +2734,7 @@ class Core:
                 result = application(environ, start_response)
                 if type(result) is list and len(result) == 1 and response.length == len(result[0]) < SMALL \
                         and not response.sent:
-                    response.sent = True
-                    response.size = response.length
-                    data = response.head + result[0]
-                    try:
-                        sent = write(fd, data)
-                    except ConnectionError:
-                        raise ClientGone(0, 'before the response') from None
-                    if sent < len(data):
-                        response.send([data[sent:]])
+                    job = response.send_small(result[0])
                 else:
                     job = response.finish(result)
             except BaseException as error:
@@ -2891,6 +2917,7 @@ class Core:
             day = utc[8:10].replace(' ', '0')
             date = f'Date: {utc[:3]}, {day} {utc[4:7]} {utc[20:]} {utc[11:19]} GMT\r\n'
             self.response.date, self.usual_end = date.encode(), f'{date}Server: minuwsgi\r\n{self.response.extra}\r\n'
+            self.closing_end = f'Connection: close\r\n{self.usual_end}'
 
     # -- several listeners, HTTP, threads
 
@@ -2900,6 +2927,7 @@ class Core:
         worker, connections, clock = self.worker, self.worker.connections, time.monotonic
         claim, poll = connections.pop, worker.poll.poll         # whoever has claimed a connection, alone uses it
         most = 1 if self.config.threads > 1 else 64     # threads must not hoard what others could do
+        patience = self.config.http_timeout
         while True:
             busy = False
             while self.ready:
@@ -2920,18 +2948,23 @@ class Core:
                 except BlockingIOError:                 # another worker was faster
                     worker.undrained.discard(fd)
                     continue
+                self.accepts += 1
+                if self.accepts % 16:                   # another one may wait: without epoll_wait(), -1 us
+                    self.ready.insert(0, (fd, 0))
                 if listener.protocol == 'uwsgi':
                     return new, address
-                self.serve_http(worker.new_connection(new, listener, address, self.template))
+                self.serve_http(Connection(new, self.templates[fd], address, clock() + patience))
             if worker.stopping or clock() >= worker.next_look:
                 worker.look_at_time(busy)
             self.ready = [(fd, 0) for fd in list(worker.undrained)] or poll(1 if connections else None, most)
 
     def serve_http(self, connection):
         """Read what came, and answer each request whose head is whole."""
-        data = connection.data
+        data, memory, new = connection.data, self.row.memory, b''
+        if not NOWAIT:
+            self.worker.unblock(connection)
         try:
-            new = os.read(connection.fd, READ_MAX)
+            new = memory[:os.preadv(connection.fd, [self.row.packet], -1, NOWAIT)]
         except BlockingIOError:                         # nothing, but a request may have come with an earlier one
             if not data:
                 return self.worker.park(connection)
@@ -2950,9 +2983,12 @@ class Core:
             end = data.find(b'\r\n\r\n')
             if end < 0 and len(data) <= HEAD_MAX and not hopeless(data):
                 break
+            if data is not new:                         # else the row has it
+                memory[:512] = data[:512].ljust(512)
             if not self.http_request(connection, data, end):
                 return None
             data = connection.data
+            self.worker.unblock(connection)             # from the second response on, write() might wait
         connection.data = data
         return self.worker.park(connection)
 
@@ -2960,13 +2996,11 @@ class Core:
         """Answer one request; False when the connection isn't ours any more."""
         fd, response, numbers = connection.fd, self.response, self.row.numbers
         numbers[STARTED] = began = time.monotonic()
-        first = data[:512]
-        self.row.memory[:len(first)] = first
         if began >= self.next_second:
             self.tell_time()
         job = body = None
         response.fd, response.status, response.length = fd, None, None
-        response.blocking = response.head_only = False
+        response.blocking, response.head_only = connection.blocking, False
         response.http, response.end, response.keep = 'HTTP/1.1', self.usual_end, not self.worker.stopping
         response.has_date = response.has_server = False
         try:
@@ -2985,27 +3019,14 @@ class Core:
                 environ['QUERY_STRING'] = query
                 connection.data = data[end + 4:]
             else:
-                environ = connection.environ.copy()
+                environ = connection.template.copy()
+                if type(connection.address) is tuple:
+                    environ['REMOTE_ADDR'], environ['REMOTE_PORT'] = connection.address[0], str(connection.address[1])
                 body = self.open_request(connection, environ, data, end)
             result = self.application(environ, response.start_response)
-            if usual and type(result) is list and len(result) == 1 and response.length == len(result[0]) < SMALL \
-                    and not (response.sent or response.has_date or response.has_server):
-                response.sent = True
-                response.size = response.length
-                answer = response.head + result[0]
-                try:
-                    sent = os.write(fd, answer)
-                except BlockingIOError:
-                    sent = 0
-                except ConnectionError:
-                    raise ClientGone(0, 'before the response') from None
-                if sent < len(answer):
-                    job = run_a_while(fd, send_chunks(fd, [answer[sent:]], response.patience))
-            elif type(result) is list and len(result) == 1 and response.length == len(result[0]) < SMALL \
-                    and not response.sent:
-                answer = response.take_head() + result[0]
-                response.size = response.length
-                response.send([answer])
+            if type(result) is list and len(result) == 1 and response.length == len(result[0]) < SMALL \
+                    and not response.sent and response.is_complete():
+                job = response.send_small(result[0])
             else:
                 job = response.finish(result)
         except BaseException as error:
@@ -3027,7 +3048,7 @@ class Core:
         numbers[REQUESTS] += 1
         numbers[BUSY] += now - began
         if self.worker.logging:
-            variables = len(environ) - len(connection.environ)
+            variables = len(environ) - len(connection.template)
             self.log_request(environ, variables, max(end, 0) + 4, numbers[REQUESTS], began, now)
         response.sent, response.size, response.http, response.chunked = False, 0, False, False
         response.end = response.extra + '\r\n'
@@ -3045,7 +3066,8 @@ class Core:
             raise BadRequest(*hopeless(data) or ('the head is too long', '431 Request Header Fields Too Large'))
         parse_head(data[:end], environ)
         response.http = environ['SERVER_PROTOCOL']
-        response.keep = response.keep and keeps(environ)
+        if not (response.keep and keeps(environ)):
+            response.keep, response.end = False, self.closing_end
         if self.worker.trusted and self.worker.trusts(environ['REMOTE_ADDR']):
             client_address(environ, self.worker.trusted)
         connection.data = data[end + 4:]
@@ -3258,22 +3280,21 @@ class Worker:
             self.poll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)      # wakes one process, not all
         self.one_shot = select.EPOLLONESHOT if self.config.threads > 1 else 0
 
-    def new_connection(self, fd, listener, address, template):
-        os.set_blocking(fd, False)
-        environ = dict(template, SERVER_NAME=listener.host, SERVER_PORT=listener.port, REMOTE_ADDR='', REMOTE_PORT='')
-        if type(address) is tuple:
-            environ.update(REMOTE_ADDR=address[0], REMOTE_PORT=str(address[1]))
-        return Connection(fd, environ, time.monotonic() + self.config.http_timeout)
-
     def park(self, connection, events=select.EPOLLIN):
         """Wait for more from the client without a thread that waits, until connection.deadline."""
         fd = connection.fd
+        self.unblock(connection)
         self.connections[fd] = connection               # first: the event may come to another thread at once
         if connection.events != events:
             known, connection.events = connection.events, events
             (self.poll.modify if known else self.poll.register)(fd, events | self.one_shot)
         elif self.one_shot:
             self.poll.modify(fd, events | self.one_shot)
+
+    def unblock(self, connection):
+        if connection.blocking:
+            os.set_blocking(connection.fd, False)
+            connection.blocking = False
 
     def forget(self, connection):
         os.close(connection.fd)                         # epoll forgets it too
