@@ -1145,6 +1145,7 @@ def unpack_vars(block):
 CONSTANT = frozenset(('DOCUMENT_ROOT', 'SERVER_PROTOCOL', 'REQUEST_SCHEME', 'SERVER_PORT', 'SERVER_NAME', 'HTTPS',
                       'SCRIPT_NAME', 'SERVER_SOFTWARE', 'GATEWAY_INTERFACE', 'UWSGI_SCHEME'))
 UNWANTED = frozenset(('HTTP_CONTENT_LENGTH', 'HTTP_CONTENT_TYPE'))      # PEP 3333: they have no HTTP_
+SCHEME = frozenset(('HTTPS', 'REQUEST_SCHEME', 'UWSGI_SCHEME'))
 UNPLANNED = UNWANTED | {'HTTP_TRANSFER_ENCODING'}
 
 
@@ -1226,6 +1227,9 @@ class Expected:
             at = after
         names = list(found)
         last = max((i for i, name in enumerate(names) if name not in CONSTANT), default=-1)
+        if not SCHEME.isdisjoint(names[last + 1:]):     # the template couldn't have its value
+            self.countdown = 0
+            return
         pieces, template, constants, begin, first = [], dict(self.base), [], 4, 0
         for i, (name, (value, after)) in enumerate(found.items()):
             if name in CONSTANT and i < last:
@@ -2694,6 +2698,7 @@ class Core:
                 continue
             numbers[STARTED] = began = clock()
             response.fd, response.status, response.length, response.blocking = fd, None, None, True
+            response.head_only = False
             job = body = None
             environ, variables = nothing, 0
             try:
@@ -2730,9 +2735,7 @@ class Core:
                 if raw or at != end:                    # not what was expected
                     variables = expected.rest(environ, memory, text, at, raw)
                     start, start_end, started_environ, started_pieces, new_environ, all_pieces, planned = expected.plan
-                if simple:
-                    response.head_only = False
-                else:
+                if not simple:
                     response.head_only = environ['REQUEST_METHOD'] == 'HEAD'
                     if memory[0] == WSGI_STRIP:
                         strip_script_name(environ)
@@ -3015,7 +3018,7 @@ class Core:
             # Clients mostly send the same header lines again: then only the target is read, -4 us of 17.
             line_end = data.find(b'\r\n') - 9           # where ' HTTP/1.1' begins
             fields = data[line_end:end]
-            usual = data[:5] == b'GET /' and (fields == connection.fields or self.recall(connection, fields))
+            usual = end > 0 and data[:5] == b'GET /' and (fields == connection.fields or self.recall(connection, fields))
             if usual:
                 target = data[4:line_end].decode('latin-1')
                 path, _, query = target.partition('?')

@@ -1220,6 +1220,16 @@ class TestUwsgi:
                 connection.sendall(data[i:i + 1])
             assert eval(Answer(read_all(connection)).body)['PATH_INFO'] == '/some/path'
 
+    def test_a_bad_packet_after_a_head_request_is_answered_in_words_too(self, shared):
+        server = shared(ENVIRON_APP)
+        assert server.ask(REQUEST_METHOD='HEAD').body == b''
+        assert b'this is HTTP' in exchange(server.socket, b'GET / HTTP/1.1\r\n\r\n')
+
+    def test_the_last_variable_may_tell_the_scheme(self, start):
+        server = start(app=ENVIRON_APP)
+        for scheme in 'http', 'https', 'http':          # the first packet is what the plan is made of
+            assert eval(server.ask(UWSGI_SCHEME=scheme).body)['wsgi.url_scheme'] == scheme
+
     @pytest.mark.parametrize('size', [0, 1, 3, 4, 5, 100])
     def test_a_packet_that_ends_early_leaves_the_server_alone(self, shared, size):
         server = shared(ENVIRON_APP)
@@ -1768,6 +1778,23 @@ def test_what_is_not_http_is_answered_in_words(echo, data, words):
         connection.sendall(data)
         answer, = answers(read_all(connection))
     assert answer.status[:3] in ('400', '414', '431') and words in answer.text
+
+
+def test_a_head_without_its_end_is_not_taken_for_an_earlier_one(echo):
+    for request, status in (b'GET / HTTP/1.1\r\nHost: x\r\n\r\n', 200), (b'GET / HTTP/1.1\r\nHost: x\n', 400):
+        with connect(echo.http) as connection:
+            connection.sendall(request)
+            assert Answer(connection.recv(65536)).status[:3] == str(status)
+
+
+def test_connections_with_the_same_headers_keep_their_own_addresses(echo):
+    request = b'GET /%d HTTP/1.1\r\nHost: x\r\nX-Same: yes\r\nConnection: close\r\n\r\n'
+    for i in range(3):
+        with connect(echo.http) as connection:
+            connection.sendall(request % i)
+            found = json.loads(Answer(read_all(connection)).body)
+            assert found['REMOTE_PORT'] == str(connection.getsockname()[1]) and found['PATH_INFO'] == f'/{i}'
+            assert found['HTTP_X_SAME'] == 'yes'
 
 
 def test_a_client_that_leaves_does_no_harm(echo):
