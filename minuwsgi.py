@@ -3018,7 +3018,8 @@ class Core:
             # Clients mostly send the same header lines again: then only the target is read, -4 us of 17.
             line_end = data.find(b'\r\n') - 9           # where ' HTTP/1.1' begins
             fields = data[line_end:end]
-            usual = end > 0 and data[:5] == b'GET /' and (fields == connection.fields or self.recall(connection, fields))
+            usual = end > 0 and data[:5] == b'GET /' and (
+                fields == connection.fields or self.recall(connection, fields))
             if usual:
                 target = data[4:line_end].decode('latin-1')
                 path, _, query = target.partition('?')

@@ -4494,6 +4494,8 @@ class TestReadme:
         if '-m pytest' in text:                         # all of it runs in .ci/run
             run_it, _, tests = command.rpartition('&& ')[2].partition(' -q ')
             command = f'{run_it} -q -p no:cacheprovider {tests.strip()} -k tools_work'
+        elif '--bench' in text:
+            return                                      # with what it prints, below
         elif 'minuwsgi.py' in text and '--curl' not in text and '--readme' not in text:
             if 'hello:app' in text:
                 pytest.importorskip('flask')
@@ -4510,6 +4512,8 @@ class TestReadme:
 
     def try_text(self, place, text):
         """Each line was printed by example.ini's server, or came as its answer; numbers may differ."""
+        if text.startswith('CPU time'):
+            return self.try_bench(text)
         def bare(text):
             return [re.sub(r'[\d.]+', '0', line) for line in text.splitlines()]
         server = self.serve(place, 'example.ini')
@@ -4518,6 +4522,18 @@ class TestReadme:
             connection.sendall(b'GET / HTTP/1.0\r\nHost: x\r\n\r\n')
             real += '\n' + Answer(read_all(connection)).text
         assert set(bare(text)) <= set(bare(real)), real
+
+    def try_bench(self, text):
+        command = next(text for _, text in self.BLOCKS if '--bench' in text)
+        done = subprocess.run(f'{command.strip()} 1', shell=True, cwd=HERE, timeout=3 * PATIENCE, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        shown, printed = ([line.partition(' times the least  ') for line in part.splitlines()]
+                          for part in (text, done.stdout))
+        assert done.returncode == 0 and printed[0] == shown[0], done.stdout
+        costs = {name: float(ratio) for ratio, _, name in printed[1:]}
+        assert [name for _, _, name in shown[1:] if name in costs] == list(costs)
+        floor, ours = list(costs.values())[:2]
+        assert 1 <= floor < 2 and floor < ours < 20 * floor
 
     def try_ini(self, place, text):
         (place.tmp / 'block.ini').write_text(place(text))
@@ -4717,8 +4733,93 @@ def forward_references(source):
     return found
 
 
+# ---------------------------------------------------------------------------------------------
+# Speed: python3 test_minuwsgi.py --bench [SECONDS]
+
+FLOOR = '''
+import os, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind('s')
+listener.listen(1024)
+print('ready', flush=True)
+while True:
+    fd, _ = listener._accept()
+    os.read(fd, 65536)
+    os.write(fd, b'HTTP/1.1 200 OK\\r\\nContent-Type: text/plain\\r\\nContent-Length: 6\\r\\n\\r\\nhello\\n')
+    os.close(fd)
+'''
+UWSGI_PACKET, HTTP_HEAD = packet(), b'GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n'
+
+
+def contestants():
+    """(name, command, bytes of a request) of the servers that are there; each is to listen on the unix socket s."""
+    yield 'a bare loop of accept, read, write, close', [sys.executable, '-c', FLOOR], HTTP_HEAD
+    quiet = ['--module', 'app', '--disable-logging', '--processes', '1']
+    yield 'minuwsgi, uwsgi protocol', [sys.executable, MINUWSGI, *quiet, '--socket', 's'], UWSGI_PACKET
+    yield 'minuwsgi, HTTP', [sys.executable, MINUWSGI, *quiet, '--http-socket', 's'], HTTP_HEAD
+    if UWSGI_BINARY:
+        yield 'uWSGI, uwsgi protocol', [UWSGI_BINARY, '--master', *quiet, '--socket', 's'], UWSGI_PACKET
+    gunicorn = shutil.which('gunicorn') or os.path.join(os.path.dirname(UWSGI_BINARY), 'gunicorn')
+    if os.access(gunicorn, os.X_OK):
+        yield 'gunicorn, HTTP', [gunicorn, 'app:application', '--bind', 'unix:s', '--workers', '1'], HTTP_HEAD
+
+
+def cpu_time(pid):
+    """Nanoseconds that a process and its descendants have computed, see proc(5) on schedstat."""
+    threads = pathlib.Path('/proc', str(pid), 'task').iterdir()
+    return sum(int((thread / 'schedstat').read_text().split()[0]) for thread in threads) + \
+        sum(map(cpu_time, children(pid)))
+
+
+def burst(address, request):
+    """Eight requests at once, so that the server always has the next one to do."""
+    connections = [socket.socket(socket.AF_UNIX) for _ in range(8)]
+    for connection in connections:
+        connection.connect(address)
+        connection.sendall(request)
+    for connection in connections:
+        with connection:                                # gunicorn waits until its client closes
+            answer = read_all(connection)
+        assert answer.startswith(b'HTTP/1.1 200 OK\r\n') and answer.endswith(b'\r\n\r\nhello\n'), answer
+
+
+def bench(seconds):
+    """{name: microseconds of CPU for a request}. The servers take turns; what counts is a turn that only a fifth of
+    the others were better than: the rest is disturbed by what else the machine does."""
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        for name, command, request in contestants():
+            place = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='mu')))
+            (place / 'app.py').write_text(HELLO)
+            process = subprocess.Popen(list(map(str, command)), cwd=place, stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.DEVNULL)
+            stack.callback(process.wait)
+            stack.callback(process.send_signal, signal.SIGINT)
+            wait_until((place / 's').exists, f'{name}: its socket')
+            servers[name] = process.pid, str(place / 's'), request, []
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for pid, address, request, found in servers.values():
+                burst(address, request)                 # the caches are warm then
+                before = cpu_time(pid)
+                for _ in range(10):
+                    burst(address, request)
+                found.append((cpu_time(pid) - before) / 80000)
+        return {name: sorted(found)[len(found) // 5] for name, (_, _, _, found) in servers.items()}
+
+
+def print_bench(seconds):
+    found = bench(seconds)
+    least = min(found.values())
+    print('CPU time of a request, hello world on a unix socket, a connection each:')
+    for name, cost in found.items():
+        print(f'{cost / least:6.2f} times the least  {name}')
+
+
 if __name__ == '__main__':
-    if sys.argv[1:] == ['--readme']:
+    if sys.argv[1:2] == ['--bench']:
+        print_bench(float((sys.argv[2:] or ['20'])[0]))
+    elif sys.argv[1:] == ['--readme']:
         README.write_text(readme_as_it_should_be())
         print('README.md is up to date')
     else:
