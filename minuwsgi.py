@@ -2647,13 +2647,6 @@ class Harakiri(BaseException):
     """Breaks a request off that took longer than the option harakiri allows."""
 
 
-# uWSGI's line for a request; Core.log_request() writes it in one piece, which is faster by 20 us.
-USUAL_LINE = (
-    '[pid: %(pid)|app: 0|req: %(wreq)/%(req)] %(addr) (%(user)) {%(vars) vars in %(pktsize) bytes} [%(ctime)] '
-    '%(method) %(uri) => generated %(rsize) bytes in %(msecs) msecs (%(proto) %(status)) %(headers) headers in '
-    '%(hsize) bytes (1 switches on core %(core))')
-
-
 class Core:
     """What serves one request at a time: a worker with one thread has one, others one for each thread."""
 
@@ -2664,7 +2657,6 @@ class Core:
         self.ready = []                                 # events that wait() has still to look at
         self.second, self.date, self.pid = 0, '', os.getpid()
         self.line_start, self.line_end = f'[pid: {self.pid}|app: 0|req: ', f'(1 switches on core {number})\n'
-        self.plain_log = not (self.config.disable_logging or self.config.log_format or self.config.log_x_forwarded_for)
         self.next_second, self.usual_end = 0.0, ''      # HTTP: when its headers change, what they are
         self.closing_end, self.known = '', {}           # known: header lines -> (environ of them, keep-alive)
         self.template = {
@@ -2865,23 +2857,23 @@ class Core:
         """A line in uWSGI's format, byte for byte, or in that of log-format."""
         if ended >= self.next_second:
             self.tell_time()
-        response, get, total, took = self.response, environ.get, self.worker.total, ended - began
+        response, config, get, total = self.response, self.config, environ.get, self.worker.total
         total[0] += 1
-        status, head, headers = (response.status or '500')[:3], response.head, response.headers
+        took, status, head, headers = ended - began, (response.status or '500')[:3], response.head, response.headers
+        if config.disable_logging and not self.worth_a_line(status, took * 1000):
+            return
         if not response.sent:
             head, headers = b'', 0
-        if self.plain_log:
-            line = (f"{self.line_start}{requests:.0f}/{total[0]}] {get('REMOTE_ADDR', '')} ({get('REMOTE_USER', '')}) "
+        address = config.log_x_forwarded_for and get('HTTP_X_FORWARDED_FOR') or get('REMOTE_ADDR', '')
+        if config.log_format:
+            line = self.formatted(environ, status, took, {
+                'addr': address, 'headers': headers, 'hsize': len(head), 'size': len(head) + response.size,
+                'vars': 2 * variables, 'pktsize': size})
+        else:
+            line = (f"{self.line_start}{requests:.0f}/{total[0]}] {address} ({get('REMOTE_USER', '')}) "
                     f"{{{2 * variables} vars in {size} bytes}} [{self.date}] {get('REQUEST_METHOD', '')} "
                     f"{get('REQUEST_URI', '')} => generated {response.size} bytes in {int(took * 1000)} msecs "
                     f"({get('SERVER_PROTOCOL', '')} {status}) {headers} headers in {len(head)} bytes {self.line_end}")
-        elif self.worth_a_line(status, took * 1000):
-            address = get('HTTP_X_FORWARDED_FOR') if self.config.log_x_forwarded_for else None
-            line = self.formatted(environ, status, took, address or get('REMOTE_ADDR', ''), {
-                'headers': headers, 'hsize': len(head), 'size': len(head) + response.size, 'vars': 2 * variables,
-                'pktsize': size})
-        else:
-            return
         try:
             os.write(self.worker.log_fd, line.encode('latin-1', 'backslashreplace'))
         except OSError:
@@ -2890,32 +2882,31 @@ class Core:
     def worth_a_line(self, status, milliseconds):
         """With disable-logging, some requests are logged all the same."""
         config, size = self.config, self.response.size
-        return (not config.disable_logging or config.log_4xx and status[0] == '4' or config.log_5xx and status[0] == '5'
+        return (config.log_4xx and status[0] == '4' or config.log_5xx and status[0] == '5'
                 or config.log_slow and milliseconds >= config.log_slow or config.log_zero and not size
                 or config.log_big and size >= config.log_big)
 
-    def formatted(self, environ, status, took, address, values):
+    def formatted(self, environ, status, took, values):
         """The line of log-format: %(name) of uWSGI's names, %(var.NAME) of the environ; '-' for what isn't there."""
-        now, missing = time.time(), '-' if self.config.log_format else ''
-        zone = time.strftime('%z', time.localtime(now))
+        now = time.time()
+        local = time.strftime('%d/%b/%Y:%H:%M:%S %z', time.localtime(now))
         values.update({
             'uri': environ.get('REQUEST_URI'), 'method': environ.get('REQUEST_METHOD'),
-            'user': environ.get('REMOTE_USER'), 'addr': address, 'host': environ.get('HTTP_HOST'),
+            'user': environ.get('REMOTE_USER'), 'host': environ.get('HTTP_HOST'),
             'proto': environ.get('SERVER_PROTOCOL'),
             'uagent': environ.get('HTTP_USER_AGENT'), 'referer': environ.get('HTTP_REFERER'), 'status': status,
             'rsize': self.response.size, 'cl': environ.get('CONTENT_LENGTH') or 0, 'micros': int(took * 1e6),
             'msecs': int(took * 1e3), 'secs': f'{took:.6f}', 'tmsecs': int((now - took) * 1e3),
             'tmicros': int((now - took) * 1e6), 'time': int(now - took), 'epoch': int(now), 'ctime': self.date,
-            'ltime': time.strftime('%d/%b/%Y:%H:%M:%S ', time.localtime(now)) + zone,
-            'ftime': time.strftime('%d/%b/%Y:%H:%M:%S ', time.localtime(now)) + zone, 'pid': self.pid,
+            'ltime': local, 'ftime': local, 'pid': self.pid,
             'wid': self.worker.number, 'req': self.worker.total[0],
             'wreq': int(self.row.numbers[REQUESTS]), 'core': self.number, 'switches': 1, 'modifier1': 0,
             'modifier2': 0})
 
         def fill(name):
             value = environ.get(name[4:]) if name[:4] == 'var.' else values.get(name)
-            return missing if value in (None, '') else str(value).replace('\n', '\\n')
-        return substitute('%(', self.config.log_format or USUAL_LINE, fill) + '\n'
+            return '-' if value in (None, '') else str(value).replace('\n', '\\n')
+        return substitute('%(', self.config.log_format, fill) + '\n'
 
     def tell_time(self):
         """Bring the texts of the time up to date; strftime() would heed the locale."""
