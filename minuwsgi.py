@@ -817,6 +817,7 @@ def load_config(arguments):
     config.logto = config.daemonize or config.logto or (files[-1] if files else None)
     if config.logto:
         config.logto = os.path.abspath(config.logto)    # before chdir, as in uWSGI
+    config.req_logger = [os.path.abspath(to.partition('file:')[2]) for to in config.req_logger if 'file:' in to]
     return config
 
 
@@ -896,11 +897,24 @@ def log_exception(message):
     log(f'{message}\n{traceback.format_exc().rstrip()}')
 
 
-def open_to_append(name):
-    """A descriptor that writes to the end of a log; no link is followed to a file of somebody else's."""
-    follow = 0 if name.startswith('/dev/') else os.O_NOFOLLOW           # /dev/stdout is a link
+def open_safely(name, flags, mode):
+    """A descriptor of a file that is made where it isn't there. A link is followed if root or we have made it
+    (/dev/stdout is one): others could lead us to any file."""
     try:
-        return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | follow, 0o640)
+        return os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW, mode)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+    maker = os.lstat(name).st_uid
+    if maker not in (0, os.geteuid()):
+        raise OSError(errno.ELOOP, f'it is a link, made by the user {maker}; name the file itself')
+    return os.open(name, flags | os.O_CREAT, mode)
+
+
+def open_to_append(name):
+    """A descriptor that writes to the end of a log."""
+    try:
+        return open_safely(name, os.O_WRONLY | os.O_APPEND, 0o640)
     except OSError as error:
         raise ConfigError(f"can't write the log {name}: {error.strerror}") from None
 
@@ -1041,6 +1055,10 @@ class Listener:
             raise ConfigError(f"can't bind {self.address}: {getattr(error, 'strerror', None) or error}") from None
         self.socket.listen(min(config.listen, LISTEN_MAX))
         self.host, _, self.port = self.name.rpartition(':') if self.path is None else ('localhost', '', '80')
+        if self.protocol == 'uwsgi' and self.socket.family != socket.AF_UNIX \
+                and not self.socket.getsockname()[0].startswith(('127.', '::1')):
+            log(f'warning: {self.name} speaks the uwsgi protocol, and believes REMOTE_ADDR, REMOTE_USER and the like of '
+                'whoever reaches it: let a firewall admit the web server alone, or bind 127.0.0.1 or a path')
 
     def bind_unix(self, address, config):
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -1058,10 +1076,10 @@ class Listener:
             self.socket.bind(self.path)
         finally:
             os.umask(before)
-        status = os.stat(self.path)
+        status = os.lstat(self.path)
         self.inode = status.st_dev, status.st_ino
-        if config.chown_socket or config.uid or config.gid:
-            os.chown(self.path, *owner(config.chown_socket or f'{config.uid or ""}:{config.gid or ""}'))
+        if config.chown_socket or config.uid or config.gid:             # of a link itself, if somebody put one there
+            os.lchown(self.path, *owner(config.chown_socket or f'{config.uid or ""}:{config.gid or ""}'))
 
     def bind_tcp(self, address):
         host, _, port = address.rpartition(':')
@@ -2508,6 +2526,7 @@ class Offloader:
 # A signal between Python's check and the system call would go unnoticed until the next connection,
 # which is why the master repeats it.
 
+STOP_SIGNALS = signal.SIGTERM, signal.SIGHUP, signal.SIGIO      # for a worker
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
            signal.SIGCHLD)
 
@@ -2778,6 +2797,7 @@ class Core:
 
     def failed(self, error):
         """The one place where the exceptions of a request end."""
+        self.worker.end_child(error)
         response, numbers = self.response, self.row.numbers
         if isinstance(error, ClientGone):
             response.status, response.size = '499', response.size if response.sent else 0
@@ -3069,6 +3089,7 @@ class Worker:
     def __init__(self, config, listeners, application, rows, total, number, master):
         self.config, self.application, self.rows, self.total = config, application, rows, total
         self.number, self.master = number, master       # master: its pid, or None without one
+        self.pid = os.getpid()
         self.listeners = {listener.socket.fileno(): listener for listener in listeners}
         self.connections = {}                           # HTTP: descriptor -> Connection that waits; who serves
                                                         # one has taken it out, so that nobody else closes it
@@ -3085,9 +3106,8 @@ class Worker:
         self.logging = not config.disable_logging or any((
             config.log_4xx, config.log_5xx, config.log_slow, config.log_zero, config.log_big))
         self.log_fd = 2
-        for target in config.req_logger:
-            if 'file:' in target:
-                self.log_fd = open_to_append(target.partition('file:')[2])
+        for name in config.req_logger:
+            self.log_fd = open_to_append(name)
         self.limit = self.most = math.inf               # requests until check_limits(), until we leave
         if config.max_requests:                         # not all workers at the same time
             delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
@@ -3105,6 +3125,8 @@ class Worker:
     def run(self):
         """Serve until told to stop."""
         cores = [Core(self, i) for i in range(self.config.threads)]
+        os.register_at_fork(before=lambda: self.before_fork(cores), after_in_child=self.in_forked_child,
+                            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS))
         listener, *others = self.listeners.values()
         if others or len(cores) > 1 or listener.protocol != 'uwsgi':
             accept = cores[0].wait
@@ -3134,7 +3156,7 @@ class Worker:
         import faulthandler
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL if number == signal.SIGQUIT else lambda *_: None)
-        for number in signal.SIGTERM, signal.SIGHUP, signal.SIGIO:
+        for number in STOP_SIGNALS:
             signal.signal(number, self.on_stop)
         signal.signal(signal.SIGUSR1, lambda *_: reopen_log(self.config))
         signal.signal(signal.SIGUSR2, self.tell_state)
@@ -3184,7 +3206,7 @@ class Worker:
         """SIGTERM: everything ends, serve what waits. SIGHUP, SIGIO (the master died): others serve it."""
         if self.stopping:                               # the master repeats it, to interrupt accept()
             return
-        self.stopping = True
+        self.stopping, self.rows[0].numbers[LEAVING] = True, 2          # 2: the master sees that it was heard
         self.closing_at = time.monotonic() + 1
         if self.poll is not None:
             os.write(self.stop_write, b'.')
@@ -3199,8 +3221,34 @@ class Worker:
         if self.poll is not None and number == signal.SIGTERM:
             self.undrained = set(self.listeners)        # wait() accepts from them until nobody waits any more
 
+    def before_fork(self, cores):
+        """The application forks: note what its child inherits from us."""
+        self.inherited = [core.response.fd for core in cores if core.row.numbers[STARTED]]
+        self.inherited += [*self.listeners, *self.connections, *(fd for one in self.offloaders for fd in list(one.jobs))]
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)          # Python loses what comes before it is ready
+
+    def in_forked_child(self):
+        """This is no worker. What was ours becomes a dead end: no client waits for this process, and it can answer
+        none; and signals do what is expected of them (multiprocessing's terminate())."""
+        for fd in self.inherited:
+            os.dup2(self.dead_end, fd, inheritable=False)
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) == self.on_stop:
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def end_child(self, error):
+        """It came back to us, instead of ending itself."""
+        if os.getpid() != self.pid:
+            if not isinstance(error, SystemExit):
+                log(f'a child that the application forked came back from its request, and is ended: {error!r}; '
+                    'it should call os._exit(), or be made by subprocess')
+            flush_streams()
+            os._exit(1)
+
     def must_stop(self, error):
         """After a failed accept(): is it because of a stop? Otherwise wait until it may go better."""
+        self.end_child(error)
         if self.stopping:
             return True
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
@@ -3209,6 +3257,8 @@ class Worker:
             if idle:                                    # make room: a part of those that are silent the longest
                 self.close_connections(lambda c: not c.data and c.deadline <= idle[len(idle) // 4])
             else:
+                if error.errno == errno.EMFILE and not any(one.jobs for one in self.offloaders):
+                    self.leave('the application has all descriptors that there may be')
                 time.sleep(0.1)
         elif error.errno == errno.EAGAIN:               # workers with several sockets made it non-blocking
             select.select(list(self.listeners), [], [])
@@ -3735,6 +3785,10 @@ class Child:
         """The rows of the cores that are serving."""
         return [row for row in self.rows or () if row.numbers[STARTED]]
 
+    def is_deaf(self):
+        """Idle, and yet it hasn't noticed that it was told to stop? One of another language can't say."""
+        return self.retire == signal.SIGHUP and self.rows and self.rows[0].numbers[LEAVING] != 2 and not self.busy()
+
     def doing(self, now):
         """'GET /path for 41 ms', or '' when it is idle."""
         return ', '.join(f'{row.request()} for {(now - row.numbers[STARTED]) * 1000:.0f} ms' for row in self.busy())
@@ -3756,18 +3810,33 @@ def load_or_log(config):
     return None
 
 
-def finish_process():
+def flush_streams():
+    for stream in sys.stdout, sys.stderr:
+        with contextlib.suppress(OSError, ValueError, AttributeError):          # an application may have closed them
+            stream.flush()
+
+
+def tell_what_lasts(threading, mercy):
+    """A thread that says what keeps a process from ending, and doesn't let it for ever."""
+    time.sleep(1)
+    threads = [repr(thread.name) for thread in threading.enumerate()
+               if not thread.daemon and thread is not threading.main_thread()]
+    what = f"the thread {', '.join(threads)}: daemon=True" if threads else 'an atexit function: without it'
+    log(f'pid {os.getpid()} has {mercy} s to end, and waits for {what} would not hold it up')
+    time.sleep(mercy)
+    os._exit(1)
+
+
+def finish_process(mercy):
     """The end of a worker: its threads and atexit functions, but not the interpreter's own
     dismantling, which would touch, and so copy, every page that is shared with the master."""
     import atexit
-    if 'threading' in sys.modules:
-        sys.modules['threading']._shutdown()
+    threading = sys.modules.get('threading')
+    if threading and threading.active_count() > 1:
+        threading.Thread(target=tell_what_lasts, args=(threading, mercy), daemon=True).start()
+        threading._shutdown()
     atexit._run_exitfuncs()
-    for stream in sys.stdout, sys.stderr:
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            pass
+    flush_streams()
 
 
 class Master:
@@ -3904,6 +3973,9 @@ class Master:
                 os.kill(child.pid, signal.SIGKILL)
             elif now >= child.stop_at:
                 self.tell_to_stop(child, child.stop_with)
+                if now > child.kill_at - self.config.worker_reload_mercy + 3 and child.is_deaf():
+                    child.kill_at, child.why_killed = now, 'it is idle, and heeds no signal: did the application ' \
+                        'set a handler of its own?'
             elif self.config.harakiri and child.kill_at == math.inf:
                 since = min((row.numbers[STARTED] for row in child.busy()), default=math.inf)
                 if now >= since + self.config.harakiri:         # it has a second to tell where it is
@@ -4011,8 +4083,7 @@ class Master:
         lifeline, hold = os.pipe()
         master = os.getpid()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        for stream in sys.stdout, sys.stderr:
-            stream.flush()
+        flush_streams()
         try:
             pid = os.fork()
         except OSError as error:                        # too many processes, no memory: later, perhaps
@@ -4071,8 +4142,9 @@ class Master:
                 return EXIT_NO_APP
         for hook in self.hooks:
             hook()
+        worker.handle_signals()                         # the application may have set others meanwhile
         worker.run()
-        finish_process()
+        finish_process(self.config.worker_reload_mercy)
         return 0
 
     def reap(self):
@@ -4399,7 +4471,7 @@ class Pidfile:
         import fcntl
         self.path = os.path.abspath(path)
         try:
-            self.fd = fd if fd is not None else os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            self.fd = fd if fd is not None else open_safely(self.path, os.O_RDWR, 0o644)
             os.set_inheritable(self.fd, False)
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -4440,6 +4512,8 @@ def drop_privileges(config):
                 os.setgroups([])
         if uid >= 0:
             os.setuid(uid)
+    except KeyError:
+        raise ConfigError(f'uid = {config.uid}: nothing is known of this user, so set gid too') from None
     except OSError as error:
         raise ConfigError(f'uid, gid: {error.strerror}: only root can become another user') from None
     if uid > 0 and 0 in os.getresuid():
@@ -4461,7 +4535,7 @@ def serve_alone(config, listeners, application, pidfile, start):
     log('ready: this process serves, without a master')
     start.tell_parent()
     worker.run()
-    finish_process()
+    finish_process(config.worker_reload_mercy)
     vacuum(config, (*listeners, pidfile))
     return 0
 
@@ -4487,9 +4561,11 @@ def go_where_the_log_is(config, start, reloaded):
         reopen_log(config)
     elif config.logto:
         open_log(config.logto)
-    for target in config.req_logger if not reloaded else ():
-        if 'file:' in target:
-            os.close(open_to_append(target.partition('file:')[2]))
+    for name in config.req_logger if not reloaded else ():
+        fresh, fd = not os.path.lexists(name), open_to_append(name)
+        if fresh and not os.getuid():
+            os.fchown(fd, *owner(f'{config.uid or ""}:{config.gid or ""}'))         # who opens it in the workers
+        os.close(fd)
     log(f"minuwsgi {__version__}, Python {sys.version.split()[0]}, pid {os.getpid()}{', reloaded' * reloaded}")
     for text in config.print:
         log(text)
@@ -4507,6 +4583,8 @@ def take_place(config, state, owned, pidfile):
         pidfile = Pidfile(path)
     log('listening on ' + ', '.join(f'{listener.name} ({listener.protocol})' for listener in owned))
     drop_privileges(config)
+    if not os.getuid() and not config.uid:
+        log('warning: the application runs as root, and so does whoever finds a hole in it: set uid and gid')
     return pidfile
 
 
@@ -4549,7 +4627,9 @@ def bind_load_and_run(config, start, owned):
             master.stats = Stats(master)
         except ConfigError as error:
             log(f'minuwsgi: stats: {error}')            # no reason not to serve
-    return master.run()
+    code = master.run()
+    finish_process(config.worker_reload_mercy)
+    return code
 
 
 def serve(config, start):
