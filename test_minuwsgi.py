@@ -2,6 +2,7 @@
 
     python3 -m pytest test_minuwsgi.py                  all
     python3 -m pytest test_minuwsgi.py -k vacuum        those with a word in their name
+    python3 test_minuwsgi.py --soak 15                  mixed load, reloads and kills for 15 minutes
 
 A test starts the real server in a directory of its own and talks to it over real sockets. It waits
 for events (a line in the log, the end of a process), never for time to pass. At its end the log
@@ -3121,12 +3122,15 @@ class Held:
 
 
 class Load:
-    """Clients that ask all the time, each on new connections; failures are what didn't go as it should."""
+    """Clients that ask all the time, each on new connections; failures are what didn't go as it should.
 
-    def __init__(self, server, path='hello', clients=4):
+    visit(random numbers) may do something else than to ask for a path: it returns what went wrong, or None."""
+
+    def __init__(self, server, path='hello', clients=4, visit=None):
         self.server, self.path, self.answered, self.failures, self.bodies = server, path, 0, [], set()
-        self.running = True
-        self.threads = [threading.Thread(target=self.ask, daemon=True) for _ in range(clients)]
+        self.running, self.visit = True, visit
+        self.threads = [threading.Thread(target=self.visits if visit else self.ask, args=(i,) if visit else (),
+                                         daemon=True) for i in range(clients)]
         for thread in self.threads:
             thread.start()
 
@@ -3142,16 +3146,37 @@ class Load:
                 if answer.status != '200 OK':
                     self.failures.append(answer.raw)
 
+    def visits(self, seed):
+        """failures has (begin, end, what went wrong) then."""
+        chance = random.Random(seed)
+        while self.running:
+            began = time.monotonic()
+            try:
+                wrong = self.visit(chance)
+            except (OSError, http.client.HTTPException) as error:
+                wrong = repr(error)
+            self.answered += 1
+            if wrong:
+                self.failures.append((began, time.monotonic(), wrong))
+
     def more(self, requests):
         """Wait for so many more answers."""
         goal = self.answered + requests
-        wait_until(lambda: self.answered >= goal or self.failures, f'{requests} more answers')
+        wait_until(lambda: self.answered >= goal or self.failures and not self.visit, f'{requests} more answers')
 
     def end(self):
         self.running = False
         for thread in self.threads:
             thread.join(PATIENCE)
         return self.failures
+
+
+def kill_a_worker(server, number):
+    """With SIGKILL, one after the other; returns when the master has noticed it as often."""
+    victims = wait_until(server.workers, 'a worker')
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(victims[number % len(victims)], signal.SIGKILL)
+    server.wait_for('died', number + 1)
 
 
 class TestProcesses:
@@ -3188,10 +3213,7 @@ class TestProcesses:
         load = Load(server)
         for i in range(50):
             load.more(5) if not load.failures else None
-            victims = wait_until(server.workers, 'a worker')
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(victims[i % len(victims)], signal.SIGKILL)
-            server.wait_for('died', i + 1)
+            kill_a_worker(server, i)
             load.failures[:], lost = [], len(load.failures)
             assert lost <= 2
         load.more(20)
@@ -3896,6 +3918,199 @@ class TestSystemd:
             assert process.wait(PATIENCE) == 0
             process.stderr.close()
         assert (tmp / 'a').exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# 11b. Soak: python3 test_minuwsgi.py --soak MINUTES
+
+class Visitor:
+    """A client for Load that does something else each time; it returns what was wrong, or None."""
+
+    DOES = 'get', 'get', 'get', 'post', 'upload', 'unread', 'download', 'slow', 'stream', 'error', 'leave', 'keep'
+
+    def __init__(self, server, file, pause):
+        self.server, self.file, self.pause, self.content = server, str(file), pause, file.read_bytes()
+        self.counts = dict.fromkeys(self.DOES, 0)
+
+    def __call__(self, chance):
+        what = chance.choice(self.DOES)
+        time.sleep(chance.random() * 2 * self.pause)
+        wrong = getattr(self, what)(chance)
+        self.counts[what] += 1
+        return wrong and f'{what}: {wrong}'
+
+    def over_http(self, path, body=None, **headers):
+        with contextlib.closing(http.client.HTTPConnection(*self.server.http, timeout=PATIENCE)) as connection:
+            connection.request('POST' if body else 'GET', path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+    def either(self, chance, path, body=b'', **variables):
+        """(status, body) over one of the two protocols."""
+        if chance.random() < 0.5:
+            return self.over_http('/' + path, body, **{name[5:]: value for name, value in variables.items()})
+        answer = self.server.ask(path, body, **variables)
+        return int(answer.status[:3] or 0), answer.body
+
+    def expect(self, found, status, body):
+        return None if found == (status, body) else f'{found[0]}, {len(found[1])} bytes: {found[1][:80]}'
+
+    def get(self, chance):
+        return self.expect(self.either(chance, 'hello'), 200, b'hello\n')
+
+    def post(self, chance, size=300):
+        return self.expect(self.either(chance, 'read?len(i.read())', b'x' * size), 200, b'%d' % size)
+
+    def upload(self, chance):
+        return self.post(chance, chance.randrange(1 << 20))
+
+    def unread(self, chance):
+        return self.expect(self.either(chance, 'unread', b'x' * chance.randrange(1, 200000)), 401, b'no')
+
+    def download(self, chance):
+        return self.expect(self.either(chance, 'file', HTTP_FILE=self.file), 200, self.content)
+
+    def stream(self, chance):
+        return self.expect(self.either(chance, 'stream'), 200, b'x' * 5_000_000)
+
+    def error(self, chance):
+        return self.expect(self.either(chance, 'fail_early'), 500, b'500 Internal Server Error\n')
+
+    def slow(self, chance):
+        """Reads a file in small pieces."""
+        with connect(self.server.socket) as connection:
+            connection.sendall(packet('file', HTTP_FILE=self.file))
+            found = b''
+            while new := connection.recv(chance.randrange(1, 200_000)):
+                found += new
+                time.sleep(self.pause / 10)
+        return self.expect((200, found.partition(b'\r\n\r\n')[2]), 200, self.content)
+
+    def leave(self, chance):
+        """Goes away: in the middle of the head or of the body, before or amid the answer."""
+        path = chance.choice(['hello', 'file', 'stream', 'read?i.read()', 'unread'])
+        data = packet(path, b'x' * chance.choice([0, 9, 100_000]), HTTP_FILE=self.file)
+        if over_http := chance.random() < 0.5:
+            data = f'POST /{path} HTTP/1.1\r\nHost: x\r\nFile: {self.file}\r\nContent-Length: 9000\r\n\r\n'.encode()
+            data += b'x' * 9000
+        with connect(self.server.http if over_http else self.server.socket) as connection, \
+                contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.sendall(data[:chance.choice([len(data), chance.randrange(len(data))])])
+            if chance.random() < 0.5:
+                connection.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    time.sleep(self.pause)
+                    connection.recv(chance.randrange(1, 100_000))
+
+    def keep(self, chance):
+        """Some requests on one connection, which a server that reloads may close between two of them."""
+        with contextlib.closing(http.client.HTTPConnection(*self.server.http, timeout=PATIENCE)) as connection:
+            for i in range(5):
+                try:
+                    connection.request('GET', '/hello')
+                    answer = connection.getresponse()
+                except ConnectionError:
+                    if i == 0:
+                        raise
+                    return None
+                if wrong := self.expect((answer.status, answer.read()), 200, b'hello\n'):
+                    return wrong
+                time.sleep(self.pause)
+
+
+def weight(pid):
+    """(resident memory in MB, open descriptors) of a process; zeros when it is gone."""
+    try:
+        pages = int(pathlib.Path(f'/proc/{pid}/statm').read_text().split()[1])
+        return round(pages * os.sysconf('SC_PAGESIZE') / 1e6, 1), len(os.listdir(f'/proc/{pid}/fd'))
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0, 0
+
+
+def weights(server):
+    """Of the master, then of each worker."""
+    workers = wait_until(lambda: len(found := server.workers()) == 2 and found, 'two workers')
+    return [weight(pid) for pid in (server.pid, *workers)]
+
+
+def shake(server, load, until, interval):
+    """Reload the server and kill its workers in turn: [(begin, end)] of each kill."""
+    kills, reloads = [], 0
+    while time.monotonic() < until:
+        load.more(20)
+        if len(kills) > reloads:
+            reloads += 1
+            server.kill(signal.SIGHUP)
+            server.wait_for('^ready', reloads + 1)
+        else:
+            began = time.monotonic()
+            kill_a_worker(server, len(kills))
+            kills.append((began, time.monotonic()))
+        time.sleep(max(0.0, min(interval, until - time.monotonic())))
+    return kills, reloads
+
+
+def soak(minutes, say=print):
+    """Two workers under mixed load, reloads and kills, then a calm third to see whether they grow. True if all is
+    well: what fails was at hand in a worker that was killed, and neither memory nor descriptors grow."""
+    seconds = minutes * 60
+    with tempfile.TemporaryDirectory(prefix='mu') as name:
+        tmp, port = pathlib.Path(name), free_port()
+        (tmp / 'app.py').write_text(SLOW + """
+def stream(e, s):
+    s('200 OK', []); return (b'x' * 50_000 for _ in range(100))
+""")
+        (tmp / 'file').write_bytes(random.Random(1).randbytes(5_000_000))
+        server = Server(tmp, ['--module', 'app', '--socket', 's', '--http-socket', f'127.0.0.1:{port}', '--processes',
+                              '2', '--disable-logging'])
+        server.http, server.tracebacks_expected = ('127.0.0.1', port), True
+        try:
+            server.ready()
+            visitor = Visitor(server, tmp / 'file', pause=0.05 if seconds > 60 else 0.002)
+            load, start = Load(server, visit=visitor), time.monotonic()
+            load.more(100)
+            states = [weights(server)]
+            kills, reloads = shake(server, load, start + seconds * 2 / 3, min(30, seconds / 20))
+            load.more(100)
+            states.append(weights(server))
+            while (left := start + seconds - time.monotonic()) > 0:
+                time.sleep(left)
+            load.more(20)
+            states.append(weights(server))
+            load.end()
+            time.sleep(0.1)
+            states.append(weights(server))
+            unexplained = [what for began, ended, what in load.failures
+                           if not any(began <= end and ended >= begin for begin, end in kills)]
+            unexplained += [line for line in server.lines if re.match(r'[\w.]+(Error|Exception|Gone)\b', line)
+                            and 'fails before the head' not in line or 'reload: failed' in line]
+            if server.stop() != 0:
+                unexplained.append('the exit code')
+        finally:
+            server.end()
+        say(f'{load.answered} requests in {seconds:.0f} s: '
+            + ', '.join(f'{number} {what}' for what, number in visitor.counts.items()))
+        say(f'{reloads} reloads, {len(kills)} workers killed')
+        say(f'failures: {len(load.failures)} in workers that were killed, {len(unexplained)} unexplained')
+        for what in unexplained[:20]:
+            say(f'    {what}')
+        for i, what in enumerate(['resident memory (MB)', 'descriptors']):
+            say(f'{what} of the master and the workers: ' + '; '.join(
+                f'{when} {" ".join(str(found[i]) for found in state)}'
+                for when, state in zip(['at the begin', 'in the middle', 'at the end', 'at rest'], states)))
+        begin, middle, end, rest = states
+        grown = [f'{after[0]} MB after {before[0]}' for before, after in zip(middle, end)
+                 if after[0] > before[0] * 1.2 + 5] if seconds > 60 else []
+        grown += [f'{after[1]} descriptors after {before[1]}' for before, after in zip(begin, rest)
+                  if after[1] > max(before[1], 16)]
+        say('grown: ' + ', '.join(grown) if grown else 'nothing grows')
+        return not unexplained and not grown
+
+
+def test_a_short_soak_finds_nothing():
+    said = []
+    assert soak(0.05, said.append), '\n'.join(said)
+    assert 'unexplained' in '\n'.join(said)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4694,5 +4909,7 @@ if __name__ == '__main__':
     if sys.argv[1:] == ['--readme']:
         README.write_text(readme_as_it_should_be())
         print('README.md is up to date')
+    elif sys.argv[1:2] == ['--soak']:
+        sys.exit(not soak(float(sys.argv[2])))
     else:
         sys.exit(pytest.main([__file__, *sys.argv[1:]]))
