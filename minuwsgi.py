@@ -499,6 +499,13 @@ def describe_unknown(name, value):
     return f"unknown option '{name}'{guess(name)}"
 
 
+SECRET = 'pass', 'secret', 'key', 'token', 'credential', 'dsn'
+
+
+def is_secret(name):
+    return any(part in name.lower() for part in SECRET)
+
+
 class Setting:
     """One line of the configuration: name, value as expanded, where it stands, its fate and a remark."""
 
@@ -508,6 +515,8 @@ class Setting:
         self.warnings, self.errors = [], []
 
     def warn(self, remark):
+        if self.value and (self.name == 'env' or is_secret(self.name)):
+            remark = remark.replace(self.value, '***')
         self.remark = f'{self.remark}; {remark}' if self.remark else remark
         self.warnings.append(f'{self.where}: {remark}')
 
@@ -519,7 +528,7 @@ class Setting:
         """uWSGI keeps a comment after a value as a part of it, which is never meant."""
         text = ' ' + self.value.replace('\t', ' ')
         at = min((i for i in (text.find(' ;'), text.find(' #')) if i >= 0), default=-1)
-        if at >= 0:
+        if at >= 0 and not is_secret(self.name):
             comment, self.value = self.value[at:].strip(), self.value[:at].rstrip()
             self.warn(f'{self.name}: a comment needs a line of its own, {comment!r} is left out')
 
@@ -821,13 +830,6 @@ def load_config(arguments):
     return config
 
 
-SECRET = 'pass', 'secret', 'key', 'token', 'credential', 'dsn'
-
-
-def is_secret(name):
-    return any(part in name.lower() for part in SECRET)
-
-
 def show_config(config):
     """Print each line of the configuration: its fate, name = value, where it stands, a remark. No secrets."""
     secrets = [s.value for s in config.settings if s.fate != 'used' and is_secret(s.name)]
@@ -836,8 +838,8 @@ def show_config(config):
     sys.stdout.reconfigure(errors='backslashreplace')
     for setting in config.settings:
         name, equals, _ = setting.value.partition('=')
-        if equals and (setting.name == 'env' or setting.name.startswith('set') and is_secret(name)):
-            value = f'{name}=***'
+        if setting.name == 'env' or equals and setting.name.startswith('set') and is_secret(name):
+            value = f'{name}=***' if equals else '***'
         else:
             value = '***' if is_secret(setting.name) and setting.fate != 'used' else setting.value
         line = f'{setting.fate:12}{setting.name} = {value}  ({setting.where})  {setting.remark}'.rstrip()
@@ -1056,9 +1058,9 @@ class Listener:
         self.socket.listen(min(config.listen, LISTEN_MAX))
         self.host, _, self.port = self.name.rpartition(':') if self.path is None else ('localhost', '', '80')
         if self.protocol == 'uwsgi' and self.socket.family != socket.AF_UNIX \
-                and not self.socket.getsockname()[0].startswith(('127.', '::1')):
-            log(f'warning: {self.name} speaks the uwsgi protocol, and believes REMOTE_ADDR, REMOTE_USER and the like of '
-                'whoever reaches it: let a firewall admit the web server alone, or bind 127.0.0.1 or a path')
+                and not (self.socket.getsockname()[0] + '.').startswith(('127.', '::1.')):
+            log(f'warning: {self.name} believes whoever reaches it, as the uwsgi protocol has it (REMOTE_ADDR, '
+                'REMOTE_USER …): let a firewall admit the web server alone, or bind 127.0.0.1 or a path')
 
     def bind_unix(self, address, config):
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -2126,9 +2128,9 @@ until IO.select([server, stop])[0].include? stop
                'rack.url_scheme' => env['HTTPS'] == 'on' ? 'https' : env['REQUEST_SCHEME'] || 'http')
     status, headers, body = app.call(env)
     lines = headers.flat_map do |key, text|                     # several values: lines in Rack 2, an array in Rack 3
-      [text].flatten.join("\n").lines.map { |line| "#{key}: #{line.delete "\r\n"}\r\n" }
+      [text].flatten.join("\n").lines.map { |line| "#{"#{key}: #{line}".delete "\r\n"}\r\n" }
     end
-    start = "HTTP/1.1 #{status} #{Rack::Utils::HTTP_STATUS_CODES[status.to_i]}\r\n#{lines.join}\r\n"
+    start = "HTTP/1.1 #{status.to_i} #{Rack::Utils::HTTP_STATUS_CODES[status.to_i]}\r\n#{lines.join}\r\n"
     send = ->(part) { head, start = start, ''; client.write(head, part) }
     body.respond_to?(:each) ? body.each(&send) : (send.(''); body.call(client)) if env['REQUEST_METHOD'] != 'HEAD'
     send.('') unless start.empty?
@@ -2168,8 +2170,8 @@ sub part {                                                      # send the head,
     while (length $data) { substr $data, 0, syswrite($client, $data) // ($!{EINTR} ? 0 : die \'the client left'), '' }
 }
 sub respond { my ($status, $headers, $body) = @{$_[0]};
-    my $head = "HTTP/1.1 $status " . (status_message($status) // '');
-    Plack::Util::header_iter($headers, sub { $head .= "\r\n$_[0]: " . $_[1] =~ tr/\r\n//dr });
+    my $head = sprintf 'HTTP/1.1 %d %s', $status, status_message($status) // '';
+    Plack::Util::header_iter($headers, sub { $head .= "\r\n" . "$_[0]: $_[1]" =~ tr/\r\n//dr });
     $start = "$head\r\n\r\n";
     Plack::Util::foreach($body, \&part) if $body;
     part('') if !$body || length $start;
@@ -2272,11 +2274,15 @@ def forbidden(file, root, helper, extensions):
     return None
 
 
+CGI_NAMES = ('HTTP', 'SERVER_', 'REMOTE_', 'REQUEST_', 'QUERY_', 'CONTENT_', 'DOCUMENT_', 'PATH_', 'SCRIPT_', 'AUTH_',
+             'SSL_CLIENT_')             # how names begin that a request may set, as with Apache's suexec
+
+
 def cgi_variables(environ, root, file, name, info):
-    """The environment of a CGI program: the server's own and the request's."""
+    """The environment of a CGI program: the server's own and the request's, but for LD_PRELOAD and the like."""
     variables = dict(os.environ)
     variables.update((key, value.encode('latin-1')) for key, value in environ.items()
-                     if type(value) is str and '.' not in key)
+                     if type(value) is str and key.startswith(CGI_NAMES))
     documents = variables.setdefault('DOCUMENT_ROOT', root.encode())
     variables.update(GATEWAY_INTERFACE='CGI/1.1', SERVER_SOFTWARE=f'minuwsgi/{__version__}', REDIRECT_STATUS='200',
                      SCRIPT_NAME=name, SCRIPT_FILENAME=file, PATH_INFO=info,
@@ -3257,8 +3263,8 @@ class Worker:
             if idle:                                    # make room: a part of those that are silent the longest
                 self.close_connections(lambda c: not c.data and c.deadline <= idle[len(idle) // 4])
             else:
-                if error.errno == errno.EMFILE and not any(one.jobs for one in self.offloaders):
-                    self.leave('the application has all descriptors that there may be')
+                if error.errno == errno.EMFILE and not (self.connections or any(one.jobs for one in self.offloaders)):
+                    self.leave('the application holds all descriptors')
                 time.sleep(0.1)
         elif error.errno == errno.EAGAIN:               # workers with several sockets made it non-blocking
             select.select(list(self.listeners), [], [])
@@ -3816,24 +3822,23 @@ def flush_streams():
             stream.flush()
 
 
-def tell_what_lasts(threading, mercy):
-    """A thread that says what keeps a process from ending, and doesn't let it for ever."""
+def watch_the_end(threading, mercy, code):
+    """In a thread: say which others keep a process from ending, and end it if they never do."""
     time.sleep(1)
-    threads = [repr(thread.name) for thread in threading.enumerate()
-               if not thread.daemon and thread is not threading.main_thread()]
-    what = f"the thread {', '.join(threads)}: daemon=True" if threads else 'an atexit function: without it'
-    log(f'pid {os.getpid()} has {mercy} s to end, and waits for {what} would not hold it up')
+    names = [repr(one.name) for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+    log(f'pid {os.getpid()} has {mercy} s to end, and waits for the thread {", ".join(names)}; with daemon=True it '
+        'would not' if names else f'pid {os.getpid()} has {mercy} s to end, and waits for a function of atexit')
     time.sleep(mercy)
-    os._exit(1)
+    os._exit(code)
 
 
-def finish_process(mercy):
-    """The end of a worker: its threads and atexit functions, but not the interpreter's own
+def finish_process(mercy, code=0):
+    """The end of a process: its threads and atexit functions, but not the interpreter's own
     dismantling, which would touch, and so copy, every page that is shared with the master."""
     import atexit
     threading = sys.modules.get('threading')
-    if threading and threading.active_count() > 1:
-        threading.Thread(target=tell_what_lasts, args=(threading, mercy), daemon=True).start()
+    if threading:
+        threading.Thread(target=watch_the_end, args=(threading, mercy, code), daemon=True).start()
         threading._shutdown()
     atexit._run_exitfuncs()
     flush_streams()
@@ -4535,8 +4540,8 @@ def serve_alone(config, listeners, application, pidfile, start):
     log('ready: this process serves, without a master')
     start.tell_parent()
     worker.run()
-    finish_process(config.worker_reload_mercy)
     vacuum(config, (*listeners, pidfile))
+    finish_process(config.worker_reload_mercy)
     return 0
 
 
@@ -4628,7 +4633,7 @@ def bind_load_and_run(config, start, owned):
         except ConfigError as error:
             log(f'minuwsgi: stats: {error}')            # no reason not to serve
     code = master.run()
-    finish_process(config.worker_reload_mercy)
+    finish_process(config.worker_reload_mercy, code)
     return code
 
 
