@@ -899,6 +899,12 @@ def log_exception(message):
     log(f'{message}\n{traceback.format_exc().rstrip()}')
 
 
+def flush_streams():
+    for stream in sys.stdout, sys.stderr:
+        with contextlib.suppress(OSError, ValueError, AttributeError):          # an application may have closed them
+            stream.flush()
+
+
 def open_safely(name, flags, mode):
     """A descriptor of a file that is made where it isn't there. A link is followed if root or we have made it
     (/dev/stdout is one): others could lead us to any file."""
@@ -1198,6 +1204,8 @@ class Expected:
         number, constants = self.skipped.get(raw, (self.plan[-1], ()))
         for name in constants:
             environ.pop(name, None)
+            if name in self.base:                       # SCRIPT_NAME is always there
+                environ[name] = self.base[name]
         names, end = self.names, len(text)
         while at < end:
             middle = at + 2 + memory[at]
@@ -2170,7 +2178,7 @@ sub part {                                                      # send the head,
     while (length $data) { substr $data, 0, syswrite($client, $data) // ($!{EINTR} ? 0 : die \'the client left'), '' }
 }
 sub respond { my ($status, $headers, $body) = @{$_[0]};
-    my $head = sprintf 'HTTP/1.1 %d %s', $status, status_message($status) // '';
+    my $head = sprintf 'HTTP/1.1 %d %s', $status, status_message(int $status) // '';
     Plack::Util::header_iter($headers, sub { $head .= "\r\n" . "$_[0]: $_[1]" =~ tr/\r\n//dr });
     $start = "$head\r\n\r\n";
     Plack::Util::foreach($body, \&part) if $body;
@@ -2828,8 +2836,7 @@ class Core:
             return
         answer = plain_answer(status, why, response.date.decode() if response.http else '')
         response.status, response.sent, response.keep = status, True, False
-        response.head, response.headers, response.size = answer[:answer.index(b'\r\n\r\n') + 4], (1, 2,
-            3), len(status) + 1
+        response.head, response.headers, response.size = answer[:answer.index(b'\r\n\r\n') + 4], 3, len(status) + 1
         try:
             os.write(response.fd, response.head if response.head_only else answer)
         except OSError:
@@ -3230,7 +3237,7 @@ class Worker:
     def before_fork(self, cores):
         """The application forks: note what its child inherits from us."""
         self.inherited = [core.response.fd for core in cores if core.row.numbers[STARTED]]
-        self.inherited += [*self.listeners, *self.connections, *(fd for one in self.offloaders for fd in list(one.jobs))]
+        self.inherited += [*self.listeners, *self.connections, *(fd for one in self.offloaders for fd in [*one.jobs])]
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)          # Python loses what comes before it is ready
 
     def in_forked_child(self):
@@ -3816,15 +3823,9 @@ def load_or_log(config):
     return None
 
 
-def flush_streams():
-    for stream in sys.stdout, sys.stderr:
-        with contextlib.suppress(OSError, ValueError, AttributeError):          # an application may have closed them
-            stream.flush()
-
-
 def watch_the_end(threading, mercy, code):
     """In a thread: say which others keep a process from ending, and end it if they never do."""
-    time.sleep(1)
+    time.sleep(min(1, mercy / 2))
     names = [repr(one.name) for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
     log(f'pid {os.getpid()} has {mercy} s to end, and waits for the thread {", ".join(names)}; with daemon=True it '
         'would not' if names else f'pid {os.getpid()} has {mercy} s to end, and waits for a function of atexit')
@@ -3978,7 +3979,7 @@ class Master:
                 os.kill(child.pid, signal.SIGKILL)
             elif now >= child.stop_at:
                 self.tell_to_stop(child, child.stop_with)
-                if now > child.kill_at - self.config.worker_reload_mercy + 3 and child.is_deaf():
+                if now > child.kill_at - self.config.worker_reload_mercy + 2 and child.is_deaf():
                     child.kill_at, child.why_killed = now, 'it is idle, and heeds no signal: did the application ' \
                         'set a handler of its own?'
             elif self.config.harakiri and child.kill_at == math.inf:
@@ -4250,7 +4251,6 @@ class Master:
     def adopt(self, workers):
         """After the exec: the workers of the old image are still our children."""
         for pid, number, lifeline, retire in workers:
-            os.set_inheritable(lifeline, False)
             self.children[pid] = Child(pid, number, None, lifeline, retire)
 
 
@@ -4551,7 +4551,10 @@ def inherited_state():
     if text is None:
         return {'reloaded': False, 'sockets': [], 'workers': [], 'pidfile': None, 'again': False}
     import json
-    return {'reloaded': True, **json.loads(text)}
+    state = json.loads(text)
+    for _, _, lifeline, _ in state['workers']:          # at once, before the application can start anything
+        os.set_inheritable(lifeline, False)
+    return {'reloaded': True, **state}
 
 
 def go_where_the_log_is(config, start, reloaded):

@@ -1122,7 +1122,7 @@ class TestCodec:
             'HTTP_B',
                  'HTTP_COOKIE', 'HTTP_CONTENT_TYPE', 'PATH_INFO']
         values = ['', 'GET', '/', 'x' * 300, 'http', 'on', '\xff\0']
-        row, expected = minuwsgi.Row(), minuwsgi.Expected({'base': 'x'})
+        row, expected = minuwsgi.Row(), minuwsgi.Expected({'base': 'x', 'SCRIPT_NAME': ''})
         common = [(name, values[i % 6]) for i, name in enumerate(names[:14])]
         for i in range(4000):
             items = list(common)
@@ -1150,7 +1150,7 @@ def read_plainly(data):
         pairs = minuwsgi.unpack_vars(data[4:])
     except minuwsgi.BadRequest:
         return None
-    environ = {'base': 'x'}
+    environ = {'base': 'x', 'SCRIPT_NAME': ''}
     for name, value in pairs:
         if len(name) > 255:
             return None
@@ -3921,6 +3921,390 @@ class TestSystemd:
 
 
 # ---------------------------------------------------------------------------------------------
+# 11. In a hostile world: bad applications, and who would like to be somebody else
+
+BAD_APPS = SLOW + '''
+def ten_thousand_headers(e, s):
+    s('200 OK', [(f'X-{i}', 'y' * 20) for i in range(10000)]); return [b'x']
+def endless(e, s):
+    s('200 OK', [])
+    while True: yield b'x' * 65536
+def gibibyte(e, s):
+    s('200 OK', [])
+    for _ in range(1024): yield b'x' * (1 << 20)
+def interrupts(e, s):
+    raise KeyboardInterrupt
+def generator_exit(e, s):
+    raise GeneratorExit
+def stop_iteration(e, s):
+    raise StopIteration
+def bad_iterator(e, s):
+    class Bad:
+        def __iter__(self): raise RuntimeError('no iterator')
+    s('200 OK', []); return Bad()
+def close_exits(e, s):
+    class Bad(list):
+        def close(self): sys.exit(3)
+    s('200 OK', []); return Bad([b'x'])
+def close_is_none(e, s):
+    class Bad(list): close = None
+    s('200 OK', []); return Bad([b'x'])
+def recursion(e, s):
+    return recursion(e, s)
+def keeps_start(e, s):
+    globals()['kept'] = s; return hello(e, s)
+def old_start(e, s):
+    keeps_start(e, s); kept('200 OK', [])
+def clears_environ(e, s):
+    e.clear(); return hello(e, s)
+def spoils_environ(e, s):
+    e.update(dict.fromkeys(e, object())); return hello(e, s)
+def thread_exits(e, s):
+    thread = threading.Thread(target=sys.exit); thread.start(); thread.join(); return hello(e, s)
+def deletes_module(e, s):
+    del sys.modules['app']; return hello(e, s)
+def deletes_modules(e, s):
+    for name in set(sys.modules) - {'sys', 'builtins'}: del sys.modules[name]
+    return hello(e, s)
+def moves(e, s):
+    os.chdir('/'); os.umask(0o777); return hello(e, s)
+def speaks_turkish(e, s):
+    import locale, time
+    locale.setlocale(locale.LC_ALL, 'C.UTF-8'); os.environ['TZ'] = 'Asia/Tokyo'; time.tzset(); return hello(e, s)
+def default_signals(e, s):
+    import signal
+    if threading.current_thread() is threading.main_thread():
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}: signal.signal(number, signal.SIG_DFL)
+    return hello(e, s)
+def ignores_signals(e, s):
+    import signal
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}: signal.signal(number, signal.SIG_IGN)
+    return hello(e, s)
+def no_streams(e, s):
+    sys.stdout = sys.stderr = None; return hello(e, s)
+def forks(e, s):
+    os.fork(); return hello(e, s)
+def fork_raises(e, s):
+    if not os.fork(): raise RuntimeError('in the child')
+    return hello(e, s)
+def fork_exits(e, s):
+    if not os.fork(): sys.exit()
+    return hello(e, s)
+def fork_lives(e, s):
+    child = os.fork()
+    if not child: import time; time.sleep(100)
+    s('200 OK', []); return [b'%d' % child]
+def closes_0_to_20(e, s):
+    os.closerange(0, 21); return hello(e, s)
+def opens_all(e, s):
+    import resource
+    most = len(os.listdir('/proc/self/fd')) - 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most - 1, most)); return hello(e, s)
+def thread_without_end(e, s):
+    threading.Thread(target=threading.Event().wait, name='restless').start(); return hello(e, s)
+def processes(e, s):
+    import multiprocessing, time
+    fork = multiprocessing.get_context('fork')
+    process = fork.Process(target=time.sleep, args=(100,)); process.start(); process.terminate(); process.join(9)
+    with fork.Pool(2) as pool: found = pool.map(abs, [-1, -2])
+    s('200 OK', []); return [repr((process.exitcode, found)).encode()]
+'''
+
+# path: how the answer begins over the uwsgi protocol ('' for a connection that is just closed), what the log says
+BAD = {
+    'none': ('500', 'returned None'), 'a_str': ('500', 'not of str'), 'str_items': ('500', 'not of str'),
+    'an_int': ('500', 'not iterable'), 'no_start': ('500', "didn't call start_response"),
+    'twice': ('500', 'second time'), 'fail_early': ('500', 'before the head'),
+    'fail_first': ('500', 'the first item'), 'fail_later': ('200', 'a later item'),
+    'exits': ('500', 'SystemExit: 3'), 'interrupts': ('500', 'KeyboardInterrupt'),
+    'generator_exit': ('500', 'GeneratorExit'), 'stop_iteration': ('500', 'StopIteration'),
+    'bad_iterator': ('500', 'no iterator'), 'close_exits': ('200', 'SystemExit: 3'),
+    'close_is_none': ('200', 'NoneType'), 'recursion': ('500', 'RecursionError'),
+    'old_start': ('500', 'a second time'), 'clears_environ': ('200', ''), 'spoils_environ': ('200', ''),
+    'thread_exits': ('200', ''), 'deletes_module': ('200', ''), 'deletes_modules': ('200', ''),
+    'moves': ('200', ''), 'speaks_turkish': ('200', ''), 'default_signals': ('200', ''), 'no_streams': ('200', ''),
+    'leave': ('', 'exit status 7'), 'closes_0_to_20': ('', 'died: exit status'), 'forks': ('200', 'came back'),
+    'fork_raises': ('200', 'in the child'), 'fork_exits': ('200', ''), 'ten_thousand_headers': ('200', '')}
+HELLO_HEAD = b'HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nhello\n'
+
+
+class TestBadApps:
+    """Whatever an application does, the next request is answered, and a stop is a clean end."""
+
+    @pytest.mark.parametrize('ini', ['', 'threads = 2', 'http'])
+    def test_after_a_bad_request_the_next_is_answered_right(self, start, ini):
+        server = start(BAD_APPS, ini.replace('http', '') + '\ndisable-logging = true', http=ini == 'http')
+        server.tracebacks_expected = True
+        for path, (status, words) in BAD.items():
+            before = len(server.lines)
+            answer = server.get('/' + path) if ini == 'http' else server.ask(path)
+            assert answer.status.startswith(status) and bool(answer.raw) == bool(status), (path, answer.raw[:200])
+            assert answer.raw.count(b'HTTP/1.1') <= 1, path
+            for _ in range(3):
+                assert (server.get('/hello').body == b'hello\n' if ini == 'http' else
+                        server.ask('hello').raw == HELLO_HEAD), path
+            wait_until(lambda: words in '\n'.join(server.lines[before:]), f'{words} after {path}')
+            raised = [line for line in server.lines[before:] if re.match(r'[\w.]+(Error|Exit|Interrupt|Gone)\b', line)]
+            assert all(words in line for line in raised), (path, raised)
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        assert server.ask('hello').raw == HELLO_HEAD
+        assert server.stop() == 0 and 'killed' not in server.log
+
+    def test_all_of_ten_thousand_headers_arrive(self, start):
+        server = start(BAD_APPS, http=True)
+        assert len(server.ask('ten_thousand_headers').headers) == 10000
+        assert len(server.get('/ten_thousand_headers').headers) > 10000
+
+    @pytest.mark.parametrize('way', ['uwsgi', 'http'])
+    def test_an_answer_without_end_ends_with_its_client(self, start, way):
+        server = start(BAD_APPS, http=True)
+        worker = server.ask('pid').body
+        with connect(server.socket if way == 'uwsgi' else server.http) as connection:
+            connection.sendall(packet('endless') if way == 'uwsgi' else b'GET /endless HTTP/1.1\r\nHost: x\r\n\r\n')
+            for _ in range(20):
+                assert connection.recv(1 << 16)
+        assert server.ask('pid').body == worker
+
+    def test_a_gibibyte_from_a_generator_leaves_the_memory_flat(self, start):
+        server = start(BAD_APPS)
+        worker, = server.workers()
+
+        def peak():
+            return int(re.search(r'VmHWM:\s+(\d+)', pathlib.Path(f'/proc/{worker}/status').read_text())[1]) / 1024
+        server.ask('hello')
+        before, size, buffer = peak(), 0, bytearray(1 << 20)
+        with connect(server.socket) as connection:
+            connection.sendall(packet('gibibyte'))
+            while got := connection.recv_into(buffer):
+                size += got
+        assert size == (1 << 30) + len('HTTP/1.1 200 OK\r\n\r\n') and peak() - before < 10
+
+    @pytest.mark.parametrize('ini', ['', 'threads = 2', 'socket = s\nhttp-socket = h'])
+    def test_a_child_of_the_application_holds_no_client_and_its_own_children_can_be_ended(self, start, ini):
+        server = start(BAD_APPS, ini)
+        child = int(server.ask('fork_lives').body)              # it is read to the end of the connection
+        assert alive(child)
+        os.kill(child, signal.SIGTERM)
+        wait_until(lambda: not alive(child), 'the end of the child')
+        assert server.ask('processes').body == b'(-15, [1, 2])'
+        assert not children(server.workers()[0]) and server.ask('hello').body == b'hello\n'
+
+    @pytest.mark.parametrize('ini', ['threads = 2', 'socket = s\nsocket = t\nthreads = 2'])
+    def test_an_application_that_holds_all_descriptors_gets_a_successor(self, start, ini):
+        server = start(BAD_APPS, ini)
+        assert server.ask('opens_all').body == b'hello\n'
+        assert server.ask('hello').body == b'hello\n'
+        server.wait_for('leaves: the application holds all descriptors')
+
+    def test_a_stop_is_not_held_up_in_silence(self, start, tmp):
+        """Three servers, stopped at once: a thread in the worker, one in the master, signals that are not heeded."""
+        servers = []
+        for i, path in enumerate(['thread_without_end', 'hello', 'ignores_signals']):
+            more = "threading.Thread(target=threading.Event().wait, name='in the master').start()" if i == 1 else ''
+            servers.append(start(BAD_APPS + more, f'socket = {i}\nworker-reload-mercy = {(1, 1, 60)[i]}'))
+            assert ask(str(tmp / str(i)), path).body == b'hello\n'
+        for server in servers:
+            server.kill(signal.SIGTERM)
+        assert "waits for the thread 'restless'" in servers[0].wait_for('has 1 s to end')
+        assert "waits for the thread 'in the master'" in servers[1].wait_for('has 1 s to end')
+        assert 'did the application set a handler' in servers[2].wait_for('is killed')
+        assert [server.wait() for server in servers] == [0, 0, 0]
+
+    def test_a_lazy_application_that_takes_the_signals_over_is_stopped_all_the_same(self, start):
+        server = start('import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n' + HELLO, 'lazy-apps = true')
+        assert server.stop() == 0 and 'killed' not in server.log
+
+
+needs_root = pytest.mark.skipif(os.getuid() != 0 or not os.path.exists('/usr/bin/python3'),
+                                reason='needs root, and /usr/bin/python3, which anybody can read')
+
+# what steered uWSGI, and what would steer a program or Python itself
+STEERING = tuple(("UWSGI_FILE UWSGI_SCRIPT UWSGI_MODULE UWSGI_CALLABLE UWSGI_CHDIR UWSGI_PYHOME UWSGI_SETENV "
+                  "UWSGI_APPID UWSGI_TOUCH_RELOAD UWSGI_POSTFILE DOCUMENT_ROOT SCRIPT_FILENAME PATH_TRANSLATED "
+                  "SCRIPT_NAME LD_PRELOAD PATH PYTHONPATH PYTHONSTARTUP BASH_ENV ENV PERL5OPT RUBYOPT HOME TMPDIR "
+                  "SSL_CERT_FILE").split())
+
+
+class TestSecurity:
+    """Nobody gets in who isn't let in, and nobody gets out of what he is."""
+
+    @pytest.mark.parametrize('ini', ['', 'mount = /other=app:application\nmanage-script-name', 'check-static = public',
+                                     'cgi = /cgi=bin'])
+    def test_no_variable_of_a_request_chooses_code_or_files(self, start, tmp, ini):
+        (tmp / 'evil.py').write_text('open("evil", "w")\napplication = None\n')
+        (tmp / 'public').mkdir()
+        (tmp / 'bin').mkdir()
+        (tmp / 'bin/env').write_text(PING_CGI + 'env')
+        (tmp / 'bin/env').chmod(0o755)
+        server = start("import os\ndef application(e, s):\n  s('200 OK', [])\n  return [os.getcwd().encode()]",
+                       f'module = app\n{ini}')
+        for value in f'{tmp}/evil.py', 'evil', 'evil:application', f'{tmp}', f'PYTHONPATH={tmp}', '/evil':
+            for names in (STEERING, *zip(STEERING)):
+                assert server.ask('/', **dict.fromkeys(names, value)).body == str(tmp).encode()
+            if 'cgi' in ini:
+                found = server.ask('/cgi/env', **{**dict.fromkeys(STEERING, value), 'SCRIPT_NAME': ''}).text
+                assert f'SCRIPT_FILENAME={tmp}/bin/env\n' in found
+                assert {line.partition('=')[0] for line in found.splitlines() if value in line} <= {'DOCUMENT_ROOT'} | {
+                    name for name in ('SCRIPT_FILENAME', 'PWD', 'OLDPWD', 'PATH_TRANSLATED') if value in str(tmp)}
+        assert not (tmp / 'evil').exists()
+
+    @pytest.mark.parametrize('end', ['\r\n', '\n', '\r', '\0', '\r\n\r\n'])
+    def test_no_text_of_an_application_ends_a_line_of_the_head(self, apps, end):
+        apps.tracebacks_expected = True
+        for status, headers in ((f'200 OK{end}Evil: 1', []), ('200 OK', [('X', f'a{end}Evil: 1')]),
+                                ('200 OK', [(f'X{end}Evil', 'a')]), ('200 OK', [(f'X: a{end}Evil', 'a')])):
+            query = ascii((status, headers)).replace(' ', '')
+            for answer in apps.ask('bad_head', QUERY_STRING=ascii((status, headers))), apps.get(f'/bad_head?{query}'):
+                assert answer.status == '500 Internal Server Error' and b'Evil' not in answer.raw
+
+    def test_nor_does_one_of_another_language(self, start, tmp):
+        (tmp / 'config.ru').write_text('run ->(env) { [env["QUERY_STRING"] == "s" ? "200 OK\\r\\nEvil: 1" : 200, '
+                                       '{ "x-a\\r\\nEvil" => "b\\r\\nEvil: 1" }, ["ok"]] }')
+        (tmp / 'app.psgi').write_text('sub { [$_[0]{QUERY_STRING} eq "s" ? "200 OK\\r\\nEvil: 1" : 200, '
+                                      '["X-A\\r\\nEvil" => "b\\r\\nEvil: 1"], ["ok"]] }')
+        servers = {}
+        for line, program in ('rack = config.ru', 'ruby'), ('psgi = app.psgi', 'perl'):
+            if shutil.which(program):
+                servers[line[0]] = start(ini=f'{line}\nsocket = {line[0]}', ready=False)
+                servers[line[0]].wait_for('listening')          # it has read app.ini
+        for name, server in servers.items():
+            server.ready()
+            for path in '/', '/?s':
+                answer = ask(str(tmp / name), path)
+                assert answer.status.startswith('200') and answer.text == 'ok'
+                assert b'\nEvil' not in answer.raw and b'\rEvil' not in answer.raw
+
+    def test_no_underscore_passes_for_a_hyphen_over_http(self, start):
+        server = start(ENVIRON_APP, http=True)
+        found = eval(server.get('/', 'X_Real_Ip: 6.6.6.6\r\nX-Real_Ip: 6.6.6.6\r\nRemote_User: root\r\n_X: 6.6.6.6\r\n'
+                                     'Http_Host: evil\r\nContent_Length: 66\r\nTransfer_Encoding: chunked\r\n').body)
+        assert not {'HTTP_X_REAL_IP', 'HTTP_REMOTE_USER', 'REMOTE_USER', 'HTTP_HTTP_HOST', 'CONTENT_LENGTH',
+                    'HTTP_TRANSFER_ENCODING'}.intersection(found) and '6.6.6.6' not in found.values()
+
+    def test_a_public_address_for_the_uwsgi_protocol_is_warned_of(self, start):
+        ports = [free_port() for _ in range(5)]
+        server = start(ini='socket = s\nsocket = :{}\nsocket = 127.0.0.1:{}\nsocket = [::1]:{}\nsocket = [::]:{}\n'
+                           'http-socket = :{}'.format(*ports))
+        warned = [line.split()[1] for line in server.lines if 'uwsgi protocol' in line]
+        assert warned == [f'0.0.0.0:{ports[0]}', f'[::]:{ports[3]}']
+        assert 'firewall' in server.wait_for('uwsgi protocol')
+
+    @needs_root
+    def test_root_is_warned_of_once_and_nobody_else(self, start, tmp):
+        os.chmod(tmp, 0o777)
+        assert start().log.count('runs as root') == 1
+        server = start(ini='socket = t\nuid = nobody', python='/usr/bin/python3')
+        assert 'runs as root' not in server.log
+
+    @needs_root
+    def test_the_privileges_of_root_are_gone_for_good(self, start, tmp):
+        os.chmod(tmp, 0o777)
+        (tmp / 'root').touch(0o600)
+        server = start("""
+            import os
+            def tried(function, *arguments):
+                try:
+                    return function(*arguments)
+                except PermissionError:
+                    return 'refused'
+            def application(e, s):
+                s('200 OK', [])
+                return [repr([
+                    tried(os.setuid, 0), tried(os.seteuid, 0), tried(os.setresuid, 0, 0, 0), tried(os.setgid, 0),
+                    tried(os.setgroups, [0]), tried(open, 'root'), tried(os.kill, 1, 0)]).encode()]
+            """, 'uid = nobody\nreq-logger = file:requests\nprocesses = 2', python='/usr/bin/python3')
+        assert eval(server.ask().body) == ['refused'] * 7
+        wait_until(lambda: 'GET /' in (tmp / 'requests').read_text(), 'a line of the request')
+        ids = grp.getgrnam('nogroup').gr_gid
+        for pid in server.pid, *server.workers():
+            status = pathlib.Path(f'/proc/{pid}/status').read_text()
+            assert re.search(rf'Gid:\t{ids}\t{ids}\t{ids}\t{ids}\n', status) and 'CapEff:\t0000000000000000' in status
+        code, output = run(tmp, '--socket', 'u', '--module', 'app', '--uid', '54321')
+        assert code == 1 and 'set gid too' in output and 'Traceback' not in output
+
+    def test_no_file_can_be_written_by_everybody(self, start, tmp):
+        server = start(ini='umask = 000\nlogto = log\nreq-logger = file:requests\npidfile = pid\nstats = stats\n'
+                           'socket = s', ready=False, umask=0)
+        wait_until(lambda: (tmp / 'log').exists() and 'ready' in (tmp / 'log').read_text(), 'ready')
+        server.ask()
+        modes = {file.name: oct(file.stat().st_mode & 0o777) for file in tmp.iterdir() if file.name[:3] != 'app'}
+        modes.pop('__pycache__', None)
+        assert modes == {'s': '0o660', 'stats': '0o660', 'log': '0o640', 'requests': '0o640', 'pid': '0o644'}
+
+    def test_what_the_application_starts_inherits_0_1_and_2_alone(self, start):
+        server = start("""
+            import os, subprocess
+            def inherited():
+                ls = 'ls', '-l', '/proc/self/fd'
+                return [subprocess.run(ls, stdout=-1, close_fds=False).stdout,
+                        subprocess.run(ls, stdout=-1, close_fds=False, preexec_fn=int).stdout,
+                        os.popen('exec ls -l /proc/self/fd').read().encode()]
+            at_load = inherited()
+            def application(e, s):
+                e['wsgi.input'].read(1)
+                s('200 OK', [])
+                return [repr(at_load + inherited()).encode()]
+            """, 'processes = 2\nthreads = 2\nstats = t\npidfile = p\nreq-logger = file:l', http=True)
+        for reload in False, True:
+            if reload:
+                server.kill(signal.SIGHUP)
+                server.wait_for('^ready', 2)
+            with connect(server.socket), connect(server.http):
+                for found in eval(server.ask(body=b'xx').body):
+                    assert re.findall(rb'(\d+) ->', found) == [b'0', b'1', b'2', b'3'], found.decode().split('\n')
+
+    @needs_root
+    @pytest.mark.parametrize('option', ['logto = link', 'req-logger = file:link', 'pidfile = link', 'socket = link',
+                                        'daemonize = link'])
+    def test_a_link_in_a_shared_directory_leads_nowhere(self, tmp, option):
+        """As in /tmp: everybody may make files in it."""
+        os.chmod(tmp, 0o777)                            # not sticky: for that the kernel has a rule of its own
+        (tmp / 'precious').write_text('precious')
+        (tmp / 'link').symlink_to('precious')
+        os.lchown(tmp / 'link', 65534, 65534)
+        (tmp / 'app.ini').write_text(f'[uwsgi]\nmodule = minuwsgi:demo\nsocket = s\n{option}\n')
+        code, output = run(tmp, 'app.ini')
+        assert code == 1 and ('a link, made by the user 65534' in output or "isn't a socket" in output)
+        assert (tmp / 'precious').read_text() == 'precious' and (tmp / 'link').is_symlink()
+
+    def test_a_link_of_our_own_is_followed(self, start, tmp):
+        for name in 'log', 'requests', 'pid':
+            (tmp / name).symlink_to('real-' + name)
+        server = start(ini='logto = log\nreq-logger = file:requests\npidfile = pid', ready=False)
+        wait_until(lambda: (tmp / 'real-log').exists() and 'ready' in (tmp / 'real-log').read_text(), 'ready')
+        server.ask()
+        wait_until(lambda: 'GET /' in (tmp / 'real-requests').read_text(), 'the line of the request')
+        assert int((tmp / 'real-pid').read_text()) == server.pid
+
+    def test_no_secret_is_told(self, start, tmp):
+        ini = textwrap.dedent("""
+            [uwsgi]
+            module = app
+            socket = s
+            stats = stats
+            env = DB=pa$$99secret
+            env = OTHER=$(NOPE)99secret
+            db_password = hunter #99secret
+            my-token = "99secret"
+            api_key = $(NOPE)99secret
+            set-ph = dsn=99secret
+            pyargv = --with=%(dsn) --and=$(API_TOKEN)
+            """)
+        server = start(HELLO + "import os\nassert '99secret' in os.environ['DB']\n", ini, ready=False,
+                       environment={'API_TOKEN': 'from99secret', 'UWSGI_API_KEY': '$(X)99secret'})
+        server.wait_for('^ready')
+        server.ask('/', HTTP_AUTHORIZATION='99secret', HTTP_COOKIE='99secret')
+        server.kill(signal.SIGUSR2)
+        server.wait_for('^worker 1')
+        texts = [server.log, read_all(connect(str(tmp / 'stats'))).decode()]
+        (tmp / 'bad.ini').write_text(ini + 'env = 99secret\nvaccum\n')
+        for option in '--show-config', '--check', '--strict':
+            texts.append(run(tmp, 'bad.ini', option, env={**os.environ, 'API_TOKEN': 'from99secret'})[1])
+        assert all(texts) and not [line for text in texts for line in text.split('\n') if '99secret' in line]
+
+
+# ---------------------------------------------------------------------------------------------
 # 11b. Soak: python3 test_minuwsgi.py --soak MINUTES
 
 class Visitor:
@@ -4109,7 +4493,7 @@ def stream(e, s):
 
 def test_a_short_soak_finds_nothing():
     said = []
-    assert soak(0.05, said.append), '\n'.join(said)
+    assert soak(0.03, said.append), '\n'.join(said)
     assert 'unexplained' in '\n'.join(said)
 
 
