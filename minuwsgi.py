@@ -3176,6 +3176,7 @@ class Worker:
         signal.signal(signal.SIGALRM, self.on_harakiri)
         for number in signal.SIGUSR2, signal.SIGALRM:   # the stacks come first, and even if Python hangs in C
             faulthandler.register(number, file=2, chain=True)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def watch_modules(self):
         """py-autoreload: a thread of the first worker that asks for a reload when a module's file changes."""
@@ -3524,9 +3525,12 @@ class Signals:
         self.fd, self.write = os.pipe()
         os.set_blocking(self.fd, False)
         os.set_blocking(self.write, False)
+        self.listen(self.while_starting)
+
+    def listen(self, handler):
         signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(number, self.while_starting)
+            signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # they are blocked over the exec of a reload
 
     def while_starting(self, number, _):
@@ -3534,9 +3538,8 @@ class Signals:
             raise Stopped
 
     def from_now_on(self):
-        """The application is loaded: nothing is interrupted any more."""
-        for number in SIGNALS:
-            signal.signal(number, lambda *_: None)
+        """The application is loaded, and may have changed all this (asyncio does): nothing is interrupted any more."""
+        self.listen(lambda *_: None)
 
     def read(self):
         return os.read(self.fd, 4096)
@@ -4139,7 +4142,6 @@ class Master:
         worker.handle_signals()
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         if os.getppid() != master:                      # it died before the lifeline was set
             return 1
         if worker.application is None:

@@ -4111,8 +4111,27 @@ class TestBadApps:
         assert 'did the application set a handler' in servers[2].wait_for('is killed')
         assert [server.wait() for server in servers] == [0, 0, 0]
 
-    def test_a_lazy_application_that_takes_the_signals_over_is_stopped_all_the_same(self, start):
-        server = start('import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n' + HELLO, 'lazy-apps = true')
+    @pytest.mark.parametrize('ini', ['', 'lazy-apps = true', 'master = false'])
+    def test_what_an_application_spoils_while_it_is_loaded_does_no_harm(self, start, tmp, ini):
+        server = start(HELLO + """
+import os, signal, sys
+print('left in the buffer of a stream that is closed')
+sys.stdout = None
+sys.stderr.close()
+for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+    signal.signal(number, signal.SIG_IGN)
+signal.set_wakeup_fd(-1)
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+os.chdir('/')
+os.umask(0o777)
+""", f'stats = stats\npidfile = pid\ntouch-reload = {tmp}/touched\n{ini}')
+        if ini != 'master = false':
+            assert server.ask().body == b'hello\n'
+            server.kill(signal.SIGHUP)
+            server.wait_for('^ready', 2)
+            os.kill(server.workers()[0], signal.SIGKILL)
+            server.wait_for('died')
+        assert server.ask().body == b'hello\n'
         assert server.stop() == 0 and 'killed' not in server.log
 
 
