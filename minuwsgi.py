@@ -906,17 +906,12 @@ def flush_streams():
 
 
 def open_safely(name, flags, mode):
-    """A descriptor of a file that is made where it isn't there. A link is followed if root or we have made it
+    """A descriptor of a file, which is made if it isn't there. A link is followed if root or we have made it
     (/dev/stdout is one): others could lead us to any file."""
-    try:
-        return os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW, mode)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-    maker = os.lstat(name).st_uid
-    if maker not in (0, os.geteuid()):
+    link = os.path.islink(name)
+    if link and (maker := os.lstat(name).st_uid) not in (0, os.geteuid()):
         raise OSError(errno.ELOOP, f'it is a link, made by the user {maker}; name the file itself')
-    return os.open(name, flags | os.O_CREAT, mode)
+    return os.open(name, flags | os.O_CREAT | (0 if link else os.O_NOFOLLOW), mode)
 
 
 def open_to_append(name):
@@ -3236,10 +3231,10 @@ class Worker:
             self.undrained = set(self.listeners)        # wait() accepts from them until nobody waits any more
 
     def before_fork(self, cores):
-        """The application forks: note what its child inherits from us."""
+        """The application forks: note what its child inherits. Signals wait: Python loses one that comes too early."""
         self.inherited = [core.response.fd for core in cores if core.row.numbers[STARTED]]
         self.inherited += [*self.listeners, *self.connections, *(fd for one in self.offloaders for fd in [*one.jobs])]
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)          # Python loses what comes before it is ready
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def in_forked_child(self):
         """This is no worker. What was ours becomes a dead end: no client waits for this process, and it can answer
@@ -3247,16 +3242,15 @@ class Worker:
         for fd in self.inherited:
             os.dup2(self.dead_end, fd, inheritable=False)
         for number in STOP_SIGNALS:
-            if signal.getsignal(number) == self.on_stop:
-                signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def end_child(self, error):
         """It came back to us, instead of ending itself."""
         if os.getpid() != self.pid:
             if not isinstance(error, SystemExit):
-                log(f'a child that the application forked came back from its request, and is ended: {error!r}; '
-                    'it should call os._exit(), or be made by subprocess')
+                log(f'a process that the application forked came back from its request, and is ended: {error!r}; it '
+                    'should call os._exit(), or be made by subprocess')
             flush_streams()
             os._exit(1)
 
@@ -3830,8 +3824,8 @@ def watch_the_end(threading, mercy, code):
     """In a thread: say which others keep a process from ending, and end it if they never do."""
     time.sleep(min(1, mercy / 2))
     names = [repr(one.name) for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
-    log(f'pid {os.getpid()} has {mercy} s to end, and waits for the thread {", ".join(names)}; with daemon=True it '
-        'would not' if names else f'pid {os.getpid()} has {mercy} s to end, and waits for a function of atexit')
+    log(f'pid {os.getpid()} has {mercy} s to end, and waits for '
+        + (f'the thread {", ".join(names)}; with daemon=True it would not' if names else 'a function of atexit'))
     time.sleep(mercy)
     os._exit(code)
 
@@ -3846,6 +3840,7 @@ def finish_process(mercy, code=0):
         threading._shutdown()
     atexit._run_exitfuncs()
     flush_streams()
+    return code
 
 
 class Master:
@@ -4152,8 +4147,7 @@ class Master:
             hook()
         worker.handle_signals()                         # the application may have set others meanwhile
         worker.run()
-        finish_process(self.config.worker_reload_mercy)
-        return 0
+        return finish_process(self.config.worker_reload_mercy)
 
     def reap(self):
         """Take note of all children that ended; as pid 1 of a container there are strangers among them."""
@@ -4543,8 +4537,7 @@ def serve_alone(config, listeners, application, pidfile, start):
     start.tell_parent()
     worker.run()
     vacuum(config, (*listeners, pidfile))
-    finish_process(config.worker_reload_mercy)
-    return 0
+    return finish_process(config.worker_reload_mercy)
 
 
 def inherited_state():
@@ -4637,9 +4630,7 @@ def bind_load_and_run(config, start, owned):
             master.stats = Stats(master)
         except ConfigError as error:
             log(f'minuwsgi: stats: {error}')            # no reason not to serve
-    code = master.run()
-    finish_process(config.worker_reload_mercy, code)
-    return code
+    return finish_process(config.worker_reload_mercy, master.run())
 
 
 def serve(config, start):
