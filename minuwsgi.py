@@ -3162,7 +3162,8 @@ class Worker:
     def handle_signals(self):
         """INT comes from a terminal to the whole group, and the master decides: nothing is done. QUIT kills."""
         import faulthandler
-        for number in SIGNALS:
+        for number in (*SIGNALS, signal.SIGALRM):
+            faulthandler.unregister(number)             # when it is called again
             signal.signal(number, signal.SIG_DFL if number == signal.SIGQUIT else lambda *_: None)
         for number in STOP_SIGNALS:
             signal.signal(number, self.on_stop)
@@ -3232,7 +3233,8 @@ class Worker:
 
     def before_fork(self, cores):
         """The application forks: note what its child inherits. Signals wait: Python loses one that comes too early."""
-        self.inherited = [core.response.fd for core in cores if core.row.numbers[STARTED]]
+        busy = [core.response for core in cores if core.row.numbers[STARTED]]
+        self.inherited = [response.fd for response in busy if hasattr(response, 'fd')]
         self.inherited += [*self.listeners, *self.connections, *(fd for one in self.offloaders for fd in [*one.jobs])]
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 

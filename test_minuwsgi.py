@@ -4483,8 +4483,10 @@ def stream(e, s):
             load.end()
             time.sleep(0.1)
             states.append(weights(server))
-            unexplained = [what for began, ended, what in load.failures
-                           if not any(began <= end and ended >= begin for begin, end in kills)]
+            lost, unexplained = [], []
+            for began, ended, what in load.failures:
+                killed = any(began <= end and ended >= begin for begin, end in kills)
+                (lost if killed else unexplained).append(what)
             unexplained += [line for line in server.lines if re.match(r'[\w.]+(Error|Exception|Gone)\b', line)
                             and 'fails before the head' not in line or 'reload: failed' in line]
             if server.stop() != 0:
@@ -4494,8 +4496,8 @@ def stream(e, s):
         say(f'{load.answered} requests in {seconds:.0f} s: '
             + ', '.join(f'{number} {what}' for what, number in visitor.counts.items()))
         say(f'{reloads} reloads, {len(kills)} workers killed')
-        say(f'failures: {len(load.failures)} in workers that were killed, {len(unexplained)} unexplained')
-        for what in unexplained[:20]:
+        say(f'failures: {len(lost)} in workers that were killed, {len(unexplained)} unexplained')
+        for what in [*lost[:20], *(f'unexplained: {what}' for what in unexplained[:20])]:
             say(f'    {what}')
         for i, what in enumerate(['resident memory (MB)', 'descriptors']):
             say(f'{what} of the master and the workers: ' + '; '.join(
