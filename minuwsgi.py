@@ -499,6 +499,13 @@ def describe_unknown(name, value):
     return f"unknown option '{name}'{guess(name)}"
 
 
+SECRET = 'pass', 'secret', 'key', 'token', 'credential', 'dsn'
+
+
+def is_secret(name):
+    return any(part in name.lower() for part in SECRET)
+
+
 class Setting:
     """One line of the configuration: name, value as expanded, where it stands, its fate and a remark."""
 
@@ -508,6 +515,8 @@ class Setting:
         self.warnings, self.errors = [], []
 
     def warn(self, remark):
+        if self.value and (self.name == 'env' or is_secret(self.name)):
+            remark = remark.replace(self.value, '***')
         self.remark = f'{self.remark}; {remark}' if self.remark else remark
         self.warnings.append(f'{self.where}: {remark}')
 
@@ -519,7 +528,7 @@ class Setting:
         """uWSGI keeps a comment after a value as a part of it, which is never meant."""
         text = ' ' + self.value.replace('\t', ' ')
         at = min((i for i in (text.find(' ;'), text.find(' #')) if i >= 0), default=-1)
-        if at >= 0:
+        if at >= 0 and not is_secret(self.name):
             comment, self.value = self.value[at:].strip(), self.value[:at].rstrip()
             self.warn(f'{self.name}: a comment needs a line of its own, {comment!r} is left out')
 
@@ -817,14 +826,8 @@ def load_config(arguments):
     config.logto = config.daemonize or config.logto or (files[-1] if files else None)
     if config.logto:
         config.logto = os.path.abspath(config.logto)    # before chdir, as in uWSGI
+    config.req_logger = [os.path.abspath(to.partition('file:')[2]) for to in config.req_logger if 'file:' in to]
     return config
-
-
-SECRET = 'pass', 'secret', 'key', 'token', 'credential', 'dsn'
-
-
-def is_secret(name):
-    return any(part in name.lower() for part in SECRET)
 
 
 def show_config(config):
@@ -835,8 +838,8 @@ def show_config(config):
     sys.stdout.reconfigure(errors='backslashreplace')
     for setting in config.settings:
         name, equals, _ = setting.value.partition('=')
-        if equals and (setting.name == 'env' or setting.name.startswith('set') and is_secret(name)):
-            value = f'{name}=***'
+        if setting.name == 'env' or equals and setting.name.startswith('set') and is_secret(name):
+            value = f'{name}=***' if equals else '***'
         else:
             value = '***' if is_secret(setting.name) and setting.fate != 'used' else setting.value
         line = f'{setting.fate:12}{setting.name} = {value}  ({setting.where})  {setting.remark}'.rstrip()
@@ -896,11 +899,25 @@ def log_exception(message):
     log(f'{message}\n{traceback.format_exc().rstrip()}')
 
 
+def flush_streams():
+    for stream in sys.stdout, sys.stderr:
+        with contextlib.suppress(OSError, ValueError, AttributeError):          # an application may have closed them
+            stream.flush()
+
+
+def open_safely(name, flags, mode):
+    """A descriptor of a file, which is made if it isn't there. A link is followed if root or we have made it
+    (/dev/stdout is one): others could lead us to any file."""
+    link = os.path.islink(name)
+    if link and (maker := os.lstat(name).st_uid) not in (0, os.geteuid()):
+        raise OSError(errno.ELOOP, f'it is a link, made by the user {maker}; name the file itself')
+    return os.open(name, flags | os.O_CREAT | (0 if link else os.O_NOFOLLOW), mode)
+
+
 def open_to_append(name):
-    """A descriptor that writes to the end of a log; no link is followed to a file of somebody else's."""
-    follow = 0 if name.startswith('/dev/') else os.O_NOFOLLOW           # /dev/stdout is a link
+    """A descriptor that writes to the end of a log."""
     try:
-        return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | follow, 0o640)
+        return open_safely(name, os.O_WRONLY | os.O_APPEND, 0o640)
     except OSError as error:
         raise ConfigError(f"can't write the log {name}: {error.strerror}") from None
 
@@ -1041,6 +1058,10 @@ class Listener:
             raise ConfigError(f"can't bind {self.address}: {getattr(error, 'strerror', None) or error}") from None
         self.socket.listen(min(config.listen, LISTEN_MAX))
         self.host, _, self.port = self.name.rpartition(':') if self.path is None else ('localhost', '', '80')
+        if self.protocol == 'uwsgi' and self.socket.family != socket.AF_UNIX \
+                and not (self.socket.getsockname()[0] + '.').startswith(('127.', '::1.')):
+            log(f'warning: {self.name} believes whoever reaches it, as the uwsgi protocol has it (REMOTE_ADDR, '
+                'REMOTE_USER …): let a firewall admit the web server alone, or bind 127.0.0.1 or a path')
 
     def bind_unix(self, address, config):
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -1058,10 +1079,10 @@ class Listener:
             self.socket.bind(self.path)
         finally:
             os.umask(before)
-        status = os.stat(self.path)
+        status = os.lstat(self.path)
         self.inode = status.st_dev, status.st_ino
-        if config.chown_socket or config.uid or config.gid:
-            os.chown(self.path, *owner(config.chown_socket or f'{config.uid or ""}:{config.gid or ""}'))
+        if config.chown_socket or config.uid or config.gid:             # of a link itself, if somebody put one there
+            os.lchown(self.path, *owner(config.chown_socket or f'{config.uid or ""}:{config.gid or ""}'))
 
     def bind_tcp(self, address):
         host, _, port = address.rpartition(':')
@@ -1179,6 +1200,8 @@ class Expected:
         number, constants = self.skipped.get(raw, (self.plan[-1], ()))
         for name in constants:
             environ.pop(name, None)
+            if name in self.base:                       # SCRIPT_NAME is always there
+                environ[name] = self.base[name]
         names, end = self.names, len(text)
         while at < end:
             middle = at + 2 + memory[at]
@@ -2142,9 +2165,9 @@ until IO.select([server, stop])[0].include? stop
                'rack.url_scheme' => env['HTTPS'] == 'on' ? 'https' : env['REQUEST_SCHEME'] || 'http')
     status, headers, body = app.call(env)
     lines = headers.flat_map do |key, text|                     # several values: lines in Rack 2, an array in Rack 3
-      [text].flatten.join("\n").lines.map { |line| "#{key}: #{line.delete "\r\n"}\r\n" }
+      [text].flatten.join("\n").lines.map { |line| "#{"#{key}: #{line}".delete "\r\n"}\r\n" }
     end
-    start = "HTTP/1.1 #{status} #{Rack::Utils::HTTP_STATUS_CODES[status.to_i]}\r\n#{lines.join}\r\n"
+    start = "HTTP/1.1 #{status.to_i} #{Rack::Utils::HTTP_STATUS_CODES[status.to_i]}\r\n#{lines.join}\r\n"
     send = ->(part) { head, start = start, ''; client.write(head, part) }
     body.respond_to?(:each) ? body.each(&send) : (send.(''); body.call(client)) if env['REQUEST_METHOD'] != 'HEAD'
     send.('') unless start.empty?
@@ -2184,8 +2207,8 @@ sub part {                                                      # send the head,
     while (length $data) { substr $data, 0, syswrite($client, $data) // ($!{EINTR} ? 0 : die \'the client left'), '' }
 }
 sub respond { my ($status, $headers, $body) = @{$_[0]};
-    my $head = "HTTP/1.1 $status " . (status_message($status) // '');
-    Plack::Util::header_iter($headers, sub { $head .= "\r\n$_[0]: " . $_[1] =~ tr/\r\n//dr });
+    my $head = sprintf 'HTTP/1.1 %d %s', $status, status_message(int $status) // '';
+    Plack::Util::header_iter($headers, sub { $head .= "\r\n" . "$_[0]: $_[1]" =~ tr/\r\n//dr });
     $start = "$head\r\n\r\n";
     Plack::Util::foreach($body, \&part) if $body;
     part('') if !$body || length $start;
@@ -2288,11 +2311,15 @@ def forbidden(file, root, helper, extensions):
     return None
 
 
+CGI_NAMES = ('HTTP', 'SERVER_', 'REMOTE_', 'REQUEST_', 'QUERY_', 'CONTENT_', 'DOCUMENT_', 'PATH_', 'SCRIPT_', 'AUTH_',
+             'SSL_CLIENT_')             # how names begin that a request may set, as with Apache's suexec
+
+
 def cgi_variables(environ, root, file, name, info):
-    """The environment of a CGI program: the server's own and the request's."""
+    """The environment of a CGI program: the server's own and the request's, but for LD_PRELOAD and the like."""
     variables = dict(os.environ)
     variables.update((key, value.encode('latin-1')) for key, value in environ.items()
-                     if type(value) is str and '.' not in key)
+                     if type(value) is str and key.startswith(CGI_NAMES))
     documents = variables.setdefault('DOCUMENT_ROOT', root.encode())
     variables.update(GATEWAY_INTERFACE='CGI/1.1', SERVER_SOFTWARE=f'minuwsgi/{__version__}', REDIRECT_STATUS='200',
                      SCRIPT_NAME=name, SCRIPT_FILENAME=file, PATH_INFO=info,
@@ -2542,6 +2569,7 @@ class Offloader:
 # A signal between Python's check and the system call would go unnoticed until the next connection,
 # which is why the master repeats it.
 
+STOP_SIGNALS = signal.SIGTERM, signal.SIGHUP, signal.SIGIO      # for a worker
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
            signal.SIGCHLD)
 
@@ -2807,6 +2835,7 @@ class Core:
 
     def failed(self, error):
         """The one place where the exceptions of a request end."""
+        self.worker.end_child(error)
         response, numbers = self.response, self.row.numbers
         if isinstance(error, ClientGone):
             response.status, response.size = '499', response.size if response.sent else 0
@@ -2831,8 +2860,7 @@ class Core:
             return
         answer = plain_answer(status, why, response.date.decode() if response.http else '')
         response.status, response.sent, response.keep = status, True, False
-        response.head, response.headers, response.size = answer[:answer.index(b'\r\n\r\n') + 4], (1, 2,
-            3), len(status) + 1
+        response.head, response.headers, response.size = answer[:answer.index(b'\r\n\r\n') + 4], 3, len(status) + 1
         try:
             os.write(response.fd, response.head if response.head_only else answer)
         except OSError:
@@ -3109,6 +3137,7 @@ class Worker:
     def __init__(self, config, listeners, application, rows, total, number, master):
         self.config, self.application, self.rows, self.total = config, application, rows, total
         self.number, self.master = number, master       # master: its pid, or None without one
+        self.pid = os.getpid()
         self.listeners = {listener.socket.fileno(): listener for listener in listeners}
         self.connections = {}                           # HTTP: descriptor -> Connection that waits; who serves
                                                         # one has taken it out, so that nobody else closes it
@@ -3125,9 +3154,8 @@ class Worker:
         self.logging = not config.disable_logging or any((
             config.log_4xx, config.log_5xx, config.log_slow, config.log_zero, config.log_big))
         self.log_fd = 2
-        for target in config.req_logger:
-            if 'file:' in target:
-                self.log_fd = open_to_append(target.partition('file:')[2])
+        for name in config.req_logger:
+            self.log_fd = open_to_append(name)
         self.limit = self.most = math.inf               # requests until check_limits(), until we leave
         if config.max_requests:                         # not all workers at the same time
             delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
@@ -3145,6 +3173,8 @@ class Worker:
     def run(self):
         """Serve until told to stop."""
         cores = [Core(self, i) for i in range(self.config.threads)]
+        os.register_at_fork(before=lambda: self.before_fork(cores), after_in_child=self.in_forked_child,
+                            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS))
         listener, *others = self.listeners.values()
         if others or len(cores) > 1 or listener.protocol != 'uwsgi':
             accept = cores[0].wait
@@ -3172,15 +3202,17 @@ class Worker:
     def handle_signals(self):
         """INT comes from a terminal to the whole group, and the master decides: nothing is done. QUIT kills."""
         import faulthandler
-        for number in SIGNALS:
+        for number in (*SIGNALS, signal.SIGALRM):
+            faulthandler.unregister(number)             # when it is called again
             signal.signal(number, signal.SIG_DFL if number == signal.SIGQUIT else lambda *_: None)
-        for number in signal.SIGTERM, signal.SIGHUP, signal.SIGIO:
+        for number in STOP_SIGNALS:
             signal.signal(number, self.on_stop)
         signal.signal(signal.SIGUSR1, lambda *_: reopen_log(self.config))
         signal.signal(signal.SIGUSR2, self.tell_state)
         signal.signal(signal.SIGALRM, self.on_harakiri)
         for number in signal.SIGUSR2, signal.SIGALRM:   # the stacks come first, and even if Python hangs in C
             faulthandler.register(number, file=2, chain=True)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def watch_modules(self):
         """py-autoreload: a thread of the first worker that asks for a reload when a module's file changes."""
@@ -3224,7 +3256,7 @@ class Worker:
         """SIGTERM: everything ends, serve what waits. SIGHUP, SIGIO (the master died): others serve it."""
         if self.stopping:                               # the master repeats it, to interrupt accept()
             return
-        self.stopping = True
+        self.stopping, self.rows[0].numbers[LEAVING] = True, 2          # 2: the master sees that it was heard
         self.closing_at = time.monotonic() + 1
         if self.poll is not None:
             os.write(self.stop_write, b'.')
@@ -3239,8 +3271,34 @@ class Worker:
         if self.poll is not None and number == signal.SIGTERM:
             self.undrained = set(self.listeners)        # wait() accepts from them until nobody waits any more
 
+    def before_fork(self, cores):
+        """The application forks: note what its child inherits. Signals wait: Python loses one that comes too early."""
+        busy = [core.response for core in cores if core.row.numbers[STARTED]]
+        self.inherited = [response.fd for response in busy if hasattr(response, 'fd')]
+        self.inherited += [*self.listeners, *self.connections, *(fd for one in self.offloaders for fd in [*one.jobs])]
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+    def in_forked_child(self):
+        """This is no worker. What was ours becomes a dead end: no client waits for this process, and it can answer
+        none; and signals do what is expected of them (multiprocessing's terminate())."""
+        for fd in self.inherited:
+            os.dup2(self.dead_end, fd, inheritable=False)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def end_child(self, error):
+        """It came back to us, instead of ending itself."""
+        if os.getpid() != self.pid:
+            if not isinstance(error, SystemExit):
+                log(f'a process that the application forked came back from its request, and is ended: {error!r}; it '
+                    'should call os._exit(), or be made by subprocess')
+            flush_streams()
+            os._exit(1)
+
     def must_stop(self, error):
         """After a failed accept(): is it because of a stop? Otherwise wait until it may go better."""
+        self.end_child(error)
         if self.stopping:
             return True
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
@@ -3249,6 +3307,8 @@ class Worker:
             if idle:                                    # make room: a part of those that are silent the longest
                 self.close_connections(lambda c: not c.data and c.deadline <= idle[len(idle) // 4])
             else:
+                if error.errno == errno.EMFILE and not (self.connections or any(one.jobs for one in self.offloaders)):
+                    self.leave('the application holds all descriptors')
                 time.sleep(0.1)
         elif error.errno == errno.EAGAIN:               # workers with several sockets made it non-blocking
             select.select(list(self.listeners), [], [])
@@ -3500,9 +3560,12 @@ class Signals:
         self.fd, self.write = os.pipe()
         os.set_blocking(self.fd, False)
         os.set_blocking(self.write, False)
+        self.listen(self.while_starting)
+
+    def listen(self, handler):
         signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(number, self.while_starting)
+            signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # they are blocked over the exec of a reload
 
     def while_starting(self, number, _):
@@ -3510,9 +3573,8 @@ class Signals:
             raise Stopped
 
     def from_now_on(self):
-        """The application is loaded: nothing is interrupted any more."""
-        for number in SIGNALS:
-            signal.signal(number, lambda *_: None)
+        """The application is loaded, and may have changed all this (asyncio does): nothing is interrupted any more."""
+        self.listen(lambda *_: None)
 
     def read(self):
         return os.read(self.fd, 4096)
@@ -3774,6 +3836,10 @@ class Child:
         """The rows of the cores that are serving."""
         return [row for row in self.rows or () if row.numbers[STARTED]]
 
+    def is_deaf(self):
+        """Idle, and yet it hasn't noticed that it was told to stop? One of another language can't say."""
+        return self.retire == signal.SIGHUP and self.rows and self.rows[0].numbers[LEAVING] != 2 and not self.busy()
+
     def doing(self, now):
         """'GET /path for 41 ms', or '' when it is idle."""
         return ', '.join(f'{row.request()} for {(now - row.numbers[STARTED]) * 1000:.0f} ms' for row in self.busy())
@@ -3795,18 +3861,27 @@ def load_or_log(config):
     return None
 
 
-def finish_process():
-    """The end of a worker: its threads and atexit functions, but not the interpreter's own
+def watch_the_end(threading, mercy, code):
+    """In a thread: say which others keep a process from ending, and end it if they never do."""
+    time.sleep(min(1, mercy / 2))
+    names = [repr(one.name) for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+    log(f'pid {os.getpid()} has {mercy} s to end, and waits for '
+        + (f'the thread {", ".join(names)}; with daemon=True it would not' if names else 'a function of atexit'))
+    time.sleep(mercy)
+    os._exit(code)
+
+
+def finish_process(mercy, code=0):
+    """The end of a process: its threads and atexit functions, but not the interpreter's own
     dismantling, which would touch, and so copy, every page that is shared with the master."""
     import atexit
-    if 'threading' in sys.modules:
-        sys.modules['threading']._shutdown()
+    threading = sys.modules.get('threading')
+    if threading:
+        threading.Thread(target=watch_the_end, args=(threading, mercy, code), daemon=True).start()
+        threading._shutdown()
     atexit._run_exitfuncs()
-    for stream in sys.stdout, sys.stderr:
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            pass
+    flush_streams()
+    return code
 
 
 class Master:
@@ -3943,6 +4018,9 @@ class Master:
                 os.kill(child.pid, signal.SIGKILL)
             elif now >= child.stop_at:
                 self.tell_to_stop(child, child.stop_with)
+                if now > child.kill_at - self.config.worker_reload_mercy + 2 and child.is_deaf():
+                    child.kill_at, child.why_killed = now, 'it is idle, and heeds no signal: did the application ' \
+                        'set a handler of its own?'
             elif self.config.harakiri and child.kill_at == math.inf:
                 since = min((row.numbers[STARTED] for row in child.busy()), default=math.inf)
                 if now >= since + self.config.harakiri:         # it has a second to tell where it is
@@ -4050,8 +4128,7 @@ class Master:
         lifeline, hold = os.pipe()
         master = os.getpid()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        for stream in sys.stdout, sys.stderr:
-            stream.flush()
+        flush_streams()
         try:
             pid = os.fork()
         except OSError as error:                        # too many processes, no memory: later, perhaps
@@ -4101,7 +4178,6 @@ class Master:
         worker.handle_signals()
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         if os.getppid() != master:                      # it died before the lifeline was set
             return 1
         if worker.application is None:
@@ -4110,9 +4186,9 @@ class Master:
                 return EXIT_NO_APP
         for hook in self.hooks:
             hook()
+        worker.handle_signals()                         # the application may have set others meanwhile
         worker.run()
-        finish_process()
-        return 0
+        return finish_process(self.config.worker_reload_mercy)
 
     def reap(self):
         """Take note of all children that ended; as pid 1 of a container there are strangers among them."""
@@ -4212,7 +4288,6 @@ class Master:
     def adopt(self, workers):
         """After the exec: the workers of the old image are still our children."""
         for pid, number, lifeline, retire in workers:
-            os.set_inheritable(lifeline, False)
             self.children[pid] = Child(pid, number, None, lifeline, retire)
 
 
@@ -4438,7 +4513,7 @@ class Pidfile:
         import fcntl
         self.path = os.path.abspath(path)
         try:
-            self.fd = fd if fd is not None else os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            self.fd = fd if fd is not None else open_safely(self.path, os.O_RDWR, 0o644)
             os.set_inheritable(self.fd, False)
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -4479,6 +4554,8 @@ def drop_privileges(config):
                 os.setgroups([])
         if uid >= 0:
             os.setuid(uid)
+    except KeyError:
+        raise ConfigError(f'uid = {config.uid}: nothing is known of this user, so set gid too') from None
     except OSError as error:
         raise ConfigError(f'uid, gid: {error.strerror}: only root can become another user') from None
     if uid > 0 and 0 in os.getresuid():
@@ -4500,9 +4577,8 @@ def serve_alone(config, listeners, application, pidfile, start):
     log('ready: this process serves, without a master')
     start.tell_parent()
     worker.run()
-    finish_process()
     vacuum(config, (*listeners, pidfile))
-    return 0
+    return finish_process(config.worker_reload_mercy)
 
 
 def inherited_state():
@@ -4511,7 +4587,10 @@ def inherited_state():
     if text is None:
         return {'reloaded': False, 'sockets': [], 'workers': [], 'pidfile': None, 'again': False}
     import json
-    return {'reloaded': True, **json.loads(text)}
+    state = json.loads(text)
+    for _, _, lifeline, _ in state['workers']:          # at once, before the application can start anything
+        os.set_inheritable(lifeline, False)
+    return {'reloaded': True, **state}
 
 
 def go_where_the_log_is(config, start, reloaded):
@@ -4526,9 +4605,11 @@ def go_where_the_log_is(config, start, reloaded):
         reopen_log(config)
     elif config.logto:
         open_log(config.logto)
-    for target in config.req_logger if not reloaded else ():
-        if 'file:' in target:
-            os.close(open_to_append(target.partition('file:')[2]))
+    for name in config.req_logger if not reloaded else ():
+        fresh, fd = not os.path.lexists(name), open_to_append(name)
+        if fresh and not os.getuid():
+            os.fchown(fd, *owner(f'{config.uid or ""}:{config.gid or ""}'))         # who opens it in the workers
+        os.close(fd)
     log(f"minuwsgi {__version__}, Python {sys.version.split()[0]}, pid {os.getpid()}{', reloaded' * reloaded}")
     for text in config.print:
         log(text)
@@ -4546,6 +4627,8 @@ def take_place(config, state, owned, pidfile):
         pidfile = Pidfile(path)
     log('listening on ' + ', '.join(f'{listener.name} ({listener.protocol})' for listener in owned))
     drop_privileges(config)
+    if not os.getuid() and not config.uid:
+        log('warning: the application runs as root, and so does whoever finds a hole in it: set uid and gid')
     return pidfile
 
 
@@ -4588,7 +4671,7 @@ def bind_load_and_run(config, start, owned):
             master.stats = Stats(master)
         except ConfigError as error:
             log(f'minuwsgi: stats: {error}')            # no reason not to serve
-    return master.run()
+    return finish_process(config.worker_reload_mercy, master.run())
 
 
 def serve(config, start):
