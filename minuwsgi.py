@@ -872,8 +872,9 @@ Commands:
 # 2. Log
 #
 # Everything goes to descriptor 2, which `logto` puts on a file. One line is one os.write(), so that
-# the lines of many processes don't mix. A log that can't be written (pipe closed, disk full) is no
-# reason to stop serving.
+# the lines of many processes don't mix. A log that can't be written (disk full, pipe closed or full)
+# is no reason to stop serving: lines are lost then, and counted. Nor is it one for O_NONBLOCK, which
+# would hold for all that share the descriptor, other programs too: we poll.
 
 EXIT_CONFIG = 1                         # a mistake in the configuration, an address that can't be bound
 EXIT_NO_APP = 22                        # the application can't be loaded; uWSGI's number
@@ -882,12 +883,70 @@ EXIT_NO_APP = 22                        # the application can't be loaded; uWSGI
 log_date = []                           # of the option log-date: the format of strftime(), or nothing
 
 
+def ready_within(fd, event, seconds):
+    """Does an event come to a descriptor within so many seconds? Hang-ups and errors are events always."""
+    poll = select.poll()
+    poll.register(fd, event)
+    return bool(poll.poll(seconds * 1000))
+
+
+class Log(io.RawIOBase):
+    """A descriptor for lines, which holds nobody for longer than a second in ten. Lies under sys.stdout and
+    sys.stderr too: an application that prints should neither wait for the log nor fail with it."""
+
+    def __init__(self, fd):
+        self.fd, self.lost, self.impatient_until = fd, 0, 0.0
+        self.look()
+
+    def look(self):
+        self.is_file = os.path.isfile(self.fd)          # that never makes us wait
+
+    def fileno(self):
+        return self.fd
+
+    def writable(self):
+        return True
+
+    def write(self, line):
+        size = len(line)
+        try:
+            if self.lost:
+                line = b'\nlog: %d lines were lost here: it could not be written\n' % self.lost + bytes(line)
+            while line:
+                if not self.is_file:
+                    self.wait()                         # where there is room, there is enough for PIPE_BUF
+                line = line[os.write(self.fd, line if self.is_file else line[:select.PIPE_BUF]):]
+            self.lost = 0
+        except OSError:
+            self.lost += 1
+        return size
+
+    def wait(self):
+        if not ready_within(self.fd, select.POLLOUT, 0) and (
+                time.monotonic() < self.impatient_until or not ready_within(self.fd, select.POLLOUT, 1)):
+            self.impatient_until = time.monotonic() + 10
+            raise BlockingIOError
+
+
+main_log = Log(2)
+
+
 def log(message):
     date = time.strftime(log_date[0]) + ' - ' if log_date else ''
-    try:
-        os.write(2, f'{date}{message}\n'.encode('utf-8', 'backslashreplace'))
-    except OSError:
-        pass
+    main_log.write(f'{date}{message}\n'.encode('utf-8', 'backslashreplace'))
+
+
+held_back = {}                          # cause -> [until when, how many]
+
+
+def log_now_and_then(cause, message):
+    """Log what anybody on the network can bring about: a line a second for each cause."""
+    entry, now = held_back.setdefault(cause, [0.0, 0]), time.monotonic()
+    if now < entry[0]:
+        entry[1] += 1
+    else:
+        log(message + (f' (and {entry[1]} more like it)' if entry[1] else ''))
+        entry[:] = now + 1, 0
 
 
 def log_exception(message):
@@ -911,6 +970,7 @@ def open_log(name):
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
+    main_log.look()
 
 
 def mtime(name):
@@ -1268,7 +1328,7 @@ HEADER_KEYS = {}                        # a header's name as it was sent -> its 
 def header_key(name):
     """'User-Agent' -> 'HTTP_USER_AGENT'; '' where the header must not reach the application."""
     if not name or not TOKEN.issuperset(name):
-        raise BadRequest(f'{name[:100]!r} is no name of a header')
+        raise BadRequest(f'no name of a header: {name[:100]!r}')
     key = name.upper().replace('-', '_')
     if '_' in name or key == 'PROXY':
         key = ''                        # X_A would pass for X-A; HTTP_PROXY would steer the application's clients
@@ -1305,7 +1365,7 @@ def parse_first_line(line, environ):
     environ['REQUEST_METHOD'], environ['REQUEST_URI'] = method, target
     if protocol not in ('HTTP/1.1', 'HTTP/1.0'):
         other = len(protocol) == 8 and protocol[:5] == 'HTTP/' and protocol[6] == '.' and protocol[5::2].isdecimal()
-        raise BadRequest(f'protocol {protocol[:20]!r}',
+        raise BadRequest(f'the protocol {protocol[:20]!r}',
                          '505 HTTP Version Not Supported' if other else '400 Bad Request')
     environ['SERVER_PROTOCOL'] = protocol
     if '#' in target or '\t' in target:
@@ -1345,7 +1405,7 @@ def parse_head(head, environ):
     for line in lines:
         name, colon, value = line.partition(':')
         if not colon:
-            raise BadRequest(f'{line[:100]!r} is no header')
+            raise BadRequest(f'no header: {line[:100]!r}')
         key = HEADER_KEYS.get(name)
         if key is None:
             key = header_key(name)
@@ -1456,13 +1516,6 @@ def nowait_flag():
 NOWAIT = nowait_flag()
 
 
-def ready_within(fd, event, seconds):
-    """Does an event come to a descriptor within so many seconds? Hang-ups and errors are events always."""
-    poll = select.poll()
-    poll.register(fd, event)
-    return bool(poll.poll(seconds * 1000))
-
-
 def wait_for(fd, event, deadline):
     """Wait until a descriptor is ready; deadline in seconds of time.monotonic()."""
     if not ready_within(fd, event, max(0, deadline - time.monotonic())):
@@ -1538,13 +1591,13 @@ def send_file(fd, head, file, offset, count, seconds):
 
 
 def drain(fd):
-    """Take what the client still sends, for at most 64 MiB or 2 s of silence, so that it reads our
-    answer: closing with unread bytes would reset the connection, and nginx then answers 502."""
+    """Take what the client still sends, for at most 64 MiB, a minute or 2 s of silence, so that it reads
+    our answer: closing with unread bytes would reset the connection, and nginx then answers 502."""
     with socket.socket(fileno=os.dup(fd)) as connection:
         connection.shutdown(socket.SHUT_WR)
-    left = 1 << 26
+    left, until = 1 << 26, time.monotonic() + 60
     os.set_blocking(fd, False)
-    while left > 0:
+    while left > 0 and time.monotonic() < until:
         try:
             got = os.read(fd, READ_MAX)
         except BlockingIOError:
@@ -1584,12 +1637,16 @@ class EmptyInput:
         return iter(())
 
 
+BODY_RATE = 500                         # bytes a second: who sends less can't hold a worker for long
+
+
 class Body(io.RawIOBase):
     """A request body of known length: what came with the head, then what the connection brings.
     io.BufferedReader makes wsgi.input of it, and closes nothing."""
 
     def __init__(self, fd, begun, left, timeout):
         self.fd, self.begun, self.left, self.timeout = fd, begun, left, timeout
+        self.patience = timeout         # how long we would wait: what comes slower than BODY_RATE uses it up
         self.waited = lambda seconds: None              # is told how long the client let us wait
         self.wants_continue = False     # the client waits for 100 Continue before it sends
 
@@ -1614,8 +1671,10 @@ class Body(io.RawIOBase):
             self.wants_continue = False
             write_some(self.fd, [b'HTTP/1.1 100 Continue\r\n\r\n'])
         began = time.monotonic()
-        got = read_some(self.fd, into, began + self.timeout)
-        self.waited(time.monotonic() - began)
+        got = read_some(self.fd, into, began + self.patience)
+        waited = time.monotonic() - began
+        self.patience = min(self.timeout, self.patience - waited + got / BODY_RATE)
+        self.waited(waited)
         return got
 
     def behind(self):
@@ -1656,7 +1715,7 @@ class ChunkedBody(Body):
         size, semicolon, _ = self.line().partition(b';')
         size = size.rstrip(b' \t') if semicolon else size
         if not size or len(size) > 15 or size.strip(b'0123456789abcdefABCDEF'):
-            raise BadRequest(f'{size[:30]!r} is no size of a chunk')
+            raise BadRequest(f'no size of a chunk: {size[:30]!r}')
         self.chunk = int(size, 16)
         self.limit -= self.chunk
         if self.limit < 0:
@@ -2416,26 +2475,30 @@ class Offloader:
 
     def __init__(self):
         self.inbox = collections.deque()                # (fd, (job, event, seconds), done)
-        self.thread = None
+        self.thread, self.poll = None, select.epoll()
+        self.wake_read, self.wake_write = os.pipe()
+        os.set_blocking(self.wake_read, False)
+        self.poll.register(self.wake_read, select.EPOLLIN)
         self.jobs = {}                                  # fd -> [job, event, deadline, done]
 
     def take(self, fd, waiting, done):
         """Run a job that run_a_while() returned to its end; then done(fd, ok) owns the descriptor."""
-        self.inbox.append((fd, waiting, done))
         if self.thread is None:
-            self.start()
-        os.write(self.wake_write, b'.')
+            try:
+                self.start()
+            except RuntimeError as error:               # no memory for a thread
+                log_now_and_then('offload', f'offload: {error}')
+                return done(fd, False)
+        self.inbox.append((fd, waiting, done))
+        return os.write(self.wake_write, b'.')
 
     def start(self):
         import threading
-        self.wake_read, self.wake_write = os.pipe()
-        os.set_blocking(self.wake_read, False)
-        self.thread = threading.Thread(target=self.run, name='offload', daemon=True)
-        self.thread.start()
+        thread = threading.Thread(target=self.run, name='offload', daemon=True)
+        thread.start()
+        self.thread = thread
 
     def run(self):
-        self.poll = select.epoll()
-        self.poll.register(self.wake_read, select.EPOLLIN)
         closing = False
         while self.jobs or not closing:
             for fd, _ in self.poll.poll(self.next_deadline()):
@@ -2465,7 +2528,7 @@ class Offloader:
             self.end(fd, True)
         except Exception as error:
             if not isinstance(error, (ConnectionError, ClientGone)):
-                log(f'offload: {error}')
+                log_now_and_then('offload', f'offload: {error}')
             self.end(fd, False)
         else:
             if event != entry[1]:
@@ -2742,7 +2805,8 @@ class Core:
                 error.errno = error.errno if got else 0         # a connection that was only tried is no error
                 raise
         if packet[0] == PING:
-            os.write(fd, PONG)
+            with contextlib.suppress(OSError):          # it may not wait for it
+                os.write(fd, PONG)
             raise ClientGone(0, 'a ping')
         if packet[0] not in (WSGI, WSGI_STRIP) and not (packet[0] == CGI and self.config.cgi):
             if bytes(packet[:3]).isalpha():
@@ -2782,14 +2846,14 @@ class Core:
         if isinstance(error, ClientGone):
             response.status, response.size = '499', response.size if response.sent else 0
             if error.errno:
-                log(f'{self.row.request()}: {error.strerror}')
+                log_now_and_then(error.strerror, f'{self.row.request()}: {error.strerror}')
             if response.sent:
                 response.ending = 'cut'
             return
         numbers[ERRORS] += 1
         if isinstance(error, BadRequest) and not response.sent:
             status, why, response.ending = error.status, str(error), 'drain'
-            log(f'bad request: {why}')
+            log_now_and_then(why[:12], f'bad request: {why}')          # a cause begins with its own words
         else:
             status, why = '500 Internal Server Error', ''
             log_exception(f'{self.row.request()}: the application failed')
@@ -2845,10 +2909,7 @@ class Core:
                 'pktsize': size})
         else:
             return
-        try:
-            os.write(self.worker.log_fd, line.encode('latin-1', 'backslashreplace'))
-        except OSError:
-            pass
+        self.worker.request_log.write(line.encode('latin-1', 'backslashreplace'))
 
     def worth_a_line(self, status, milliseconds):
         """With disable-logging, some requests are logged all the same."""
@@ -3084,10 +3145,10 @@ class Worker:
         os.close(other_end)
         self.logging = not config.disable_logging or any((
             config.log_4xx, config.log_5xx, config.log_slow, config.log_zero, config.log_big))
-        self.log_fd = 2
+        self.request_log = main_log
         for target in config.req_logger:
             if 'file:' in target:
-                self.log_fd = open_to_append(target.partition('file:')[2])
+                self.request_log = Log(open_to_append(target.partition('file:')[2]))
         self.limit = self.most = math.inf               # requests until check_limits(), until we leave
         if config.max_requests:                         # not all workers at the same time
             delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
@@ -3191,8 +3252,9 @@ class Worker:
         for fd, listener in self.listeners.items():
             if self.poll is None:
                 if number == signal.SIGTERM:
-                    self.waiting = listener.socket.dup()
-                    self.waiting.setblocking(False)     # for all that share it: they stop too
+                    with contextlib.suppress(OSError):          # no descriptor is left
+                        self.waiting = listener.socket.dup()
+                        self.waiting.setblocking(False)         # for all that share it: they stop too
                 os.dup2(self.dead_end, fd, inheritable=False)
             else:
                 self.unwatch(fd)
@@ -3204,7 +3266,7 @@ class Worker:
         if self.stopping:
             return True
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-            log(f'worker {self.number}: accept: {error.strerror}')
+            log_now_and_then('accept', f'worker {self.number}: accept: {error.strerror}')
             idle = sorted(connection.deadline for connection in list(self.connections.values()) if not connection.data)
             if idle:                                    # make room: a part of those that are silent the longest
                 self.close_connections(lambda c: not c.data and c.deadline <= idle[len(idle) // 4])
@@ -3238,7 +3300,8 @@ class Worker:
         if answered >= self.most:
             self.leave(f'max-requests, it has answered {answered}')
         elif config.reload_on_rss or config.reload_on_as:
-            with open('/proc/self/statm') as file:
+            size = rss = 0                              # where there is no /proc
+            with contextlib.suppress(OSError), open('/proc/self/statm') as file:
                 size, rss = [int(pages) * mmap.PAGESIZE >> 20 for pages in file.read().split()[:2]]
             for name, most, is_now in ('rss', config.reload_on_rss, rss), ('as', config.reload_on_as, size):
                 if most and is_now >= most:
@@ -3494,11 +3557,11 @@ class Notify:
 
     def __call__(self, text):
         if self.address:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
-                try:
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
                     connection.sendto(text.encode(), self.address.replace('@', '\0', 1))
-                except OSError as error:
-                    log(f'NOTIFY_SOCKET: {error.strerror}')
+            except OSError as error:
+                log(f'NOTIFY_SOCKET: {error.strerror}')
 
     def watch(self):
         if self.watchdog and time.monotonic() - self.last >= self.watchdog - 0.5:
@@ -3604,7 +3667,7 @@ class Stats:
                 client.settimeout(0.5)                  # a slow one must not hold the master
                 client.sendall(answer)
         except OSError:
-            pass
+            time.sleep(0.01)                            # perhaps no descriptor is left, and it stays readable
 
     def over_http(self, path):
         status, kind, body = '200 OK', 'application/json', b''
@@ -4008,16 +4071,17 @@ class Master:
         rows = self.free.pop()
         for row in rows:
             row.clear()
-        lifeline, hold = os.pipe()
+        lifeline = hold = None
         master = os.getpid()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for stream in sys.stdout, sys.stderr:
             stream.flush()
         try:
+            lifeline, hold = os.pipe()
             pid = os.fork()
-        except OSError as error:                        # too many processes, no memory: later, perhaps
-            os.close(lifeline)
-            os.close(hold)
+        except OSError as error:                        # too many processes or descriptors, no memory: later, perhaps
+            for fd in (lifeline, hold) if hold else ():
+                os.close(fd)
             self.free.append(rows)
             self.not_before = time.monotonic() + 1
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -4136,7 +4200,7 @@ class Master:
         self.reload_wanted = False
         log('reload: trying the new configuration and application')
         notify(f'RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}\nSTATUS=reloading')
-        with self.start.as_then(), self.or_not_at_all():
+        with self.or_not_at_all(), self.start.as_then():
             self.proof = os.posix_spawn(sys.executable, [*self.start.command, '--check'], self.start.environment,
                                         file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
                                         setsigmask=(), setsigdef=SIGNALS)
@@ -4158,7 +4222,7 @@ class Master:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
         for fd in (*(entry[2] for entry in state['sockets'] + state['workers']), *(state['pidfile'] or ())[1:]):
             os.set_inheritable(fd, True)
-        with self.start.as_then(), self.or_not_at_all():
+        with self.or_not_at_all(), self.start.as_then():
             os.execve(sys.executable, self.start.command, {**self.start.environment, RELOADED: json.dumps(state)})
 
     @contextlib.contextmanager
@@ -4402,13 +4466,14 @@ class Pidfile:
             self.fd = fd if fd is not None else os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             os.set_inheritable(self.fd, False)
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fd is None:
+                os.ftruncate(self.fd, 0)
+                os.pwrite(self.fd, b'%d\n' % os.getpid(), 0)
         except BlockingIOError:
             pid = os.pread(self.fd, 20, 0).decode().strip()
             raise ConfigError(f'pidfile = {path}: a server with the pid {pid} holds it; stop it first') from None
         except OSError as error:
             raise ConfigError(f"pidfile = {path}: can't write it: {error.strerror}") from None
-        os.ftruncate(self.fd, 0)
-        os.pwrite(self.fd, b'%d\n' % os.getpid(), 0)
 
     def close(self):
         os.close(self.fd)
@@ -4487,6 +4552,8 @@ def go_where_the_log_is(config, start, reloaded):
         reopen_log(config)
     elif config.logto:
         open_log(config.logto)
+    sys.stdout = io.TextIOWrapper(Log(1), 'utf-8', 'backslashreplace', line_buffering=True)
+    sys.stderr = io.TextIOWrapper(main_log, 'utf-8', 'backslashreplace', line_buffering=True)
     for target in config.req_logger if not reloaded else ():
         if 'file:' in target:
             os.close(open_to_append(target.partition('file:')[2]))

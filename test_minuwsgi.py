@@ -8,6 +8,7 @@ for events (a line in the log, the end of a process), never for time to pass. At
 must hold no traceback that the test didn't ask for, and no process may be left.
 """
 import ast
+import collections
 import configparser
 import contextlib
 import json
@@ -1207,10 +1208,10 @@ class TestUwsgi:
     def test_a_bad_packet_gets_a_4xx_and_a_log_line_in_words(self, shared, name):
         data, words = BAD_PACKETS[name]
         server = shared(ENVIRON_APP)
-        before = len(server.lines)
         answer = Answer(exchange(server.socket, data))
         assert answer.status.startswith('4') and words in answer.text
-        wait_until(lambda: any('bad request' in line and words in line for line in server.lines[before:]), words)
+        cause = answer.text.partition(': ')[2][:12]     # each is logged once a second
+        wait_until(lambda: f'bad request: {cause}' in server.log, words)
         assert server.ask().status == '200 OK'
 
     def test_byte_by_byte(self, shared):
@@ -1911,31 +1912,52 @@ def behind_proxy():
         yield server
 
 
+def fuzz(seeds, make, talk, judge):
+    """For each seed: make(chance) gives the input, talk(input) what the server answers, judge(input, answer) a name
+    for it, or an AssertionError. ({name: how many}, [failure])"""
+    kinds, failures = collections.Counter(), []
+    for seed in seeds:
+        case = make(random.Random(seed))
+        raw = talk(case)
+        try:
+            kinds[judge(case, raw)] += 1
+        except AssertionError as error:
+            failures.append(f'seed {seed}: {repr(case)[:600]} got {raw[:300]!r}: {error}')
+    return kinds, failures
+
+
+HTTP_SEEDS = [
+    b'GET /a?b=c HTTP/1.1\r\nHost: x\r\nX-Y: z\r\nCookie: a=b\r\n\r\n',
+    b'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 11\r\nContent-Type: text/plain\r\n\r\nhello world',
+    b'POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n5;a=b\r\nhello\r\n6\r\n world\r\n0\r\nT: 1\r\n\r\n',
+    b'HEAD http://x/ HTTP/1.0\r\nConnection: keep-alive\r\nExpect: 100-continue\r\n\r\n']
+HTTP_PIECES = [
+    b'\r\n', b'\n', b'\r', b'\0', b' ', b'\t', b':', b';', b',', b'0', b'ffffffff', b'-1', b'\xff', b'HTTP/1.1', b'%00',
+    b'chunked', b'Content-Length: 3\r\n', b'Transfer-Encoding: chunked\r\n', b'Host: y\r\n',
+    b'Expect: 100-continue\r\n', b'\r\n\r\n', b'/../', b'a' * 5000]
+
+
+def http_mutation(chance):
+    data = bytearray(b''.join(chance.choices(HTTP_SEEDS, k=chance.randint(1, 3))))
+    for _ in range(chance.randint(1, 6)):
+        at, size = chance.randrange(len(data) + 1), chance.choice((0, 0, 1, 2, 8, 40))
+        new = chance.choice((chance.choice(HTTP_PIECES), bytes([chance.randrange(256)]), data[at:at + 30] * 2))
+        data[at:at + size] = new
+    return bytes(data)
+
+
+def judge_http(data, raw):
+    if b'HEAD' in data:
+        assert not raw or raw.startswith(b'HTTP/1.1 ')
+        return raw[9:12]
+    return b' '.join(answer.status[:3].encode() for answer in answers(raw)[:1])
+
+
 def test_fuzzing_gets_well_formed_answers_only(echo):
     """MINUWSGI_FUZZ=20000 for more. A failure names the seed of its input."""
-    seeds = [b'GET /a?b=c HTTP/1.1\r\nHost: x\r\nX-Y: z\r\nCookie: a=b\r\n\r\n',
-             b'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 11\r\nContent-Type: text/plain\r\n\r\nhello world',
-             b'POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n'
-             b'5;a=b\r\nhello\r\n6\r\n world\r\n0\r\nT: 1\r\n\r\n',
-             b'HEAD http://x/ HTTP/1.0\r\nConnection: keep-alive\r\nExpect: 100-continue\r\n\r\n']
-    pieces = [b'\r\n', b'\n', b'\r', b'\0', b' ', b'\t', b':', b';', b',', b'0', b'ffffffff', b'-1', b'\xff',
-              b'HTTP/1.1', b'%00',
-              b'chunked', b'Content-Length: 3\r\n', b'Transfer-Encoding: chunked\r\n', b'Host: y\r\n',
-              b'Expect: 100-continue\r\n',
-              b'\r\n\r\n', b'/../', b'a' * 5000]
-    for number in range(int(os.environ.get('MINUWSGI_FUZZ', 1000))):
-        chance = random.Random(number)
-        data = bytearray(b''.join(chance.choices(seeds, k=chance.randint(1, 3))))
-        for _ in range(chance.randint(1, 6)):
-            at, size = chance.randrange(len(data) + 1), chance.choice((0, 0, 1, 2, 8, 40))
-            new = chance.choice((chance.choice(pieces), bytes([chance.randrange(256)]), data[at:at + 30] * 2))
-            data[at:at + size] = new
-        raw = send_raw(echo, bytes(data))
-        try:
-            is_head = data.find(b'HEAD') >= 0
-            assert is_head and (not raw or raw.startswith(b'HTTP/1.1 ')) or not is_head and answers(raw) is not None
-        except AssertionError as error:
-            raise AssertionError(f'seed {number}: {bytes(data)!r} got {raw[:500]!r}') from error
+    seeds = range(int(os.environ.get('MINUWSGI_FUZZ', 1000)))
+    _, failures = fuzz(seeds, http_mutation, lambda data: send_raw(echo, data), judge_http)
+    assert failures == []
     assert echo.get('/').status == '200 OK'
     assert echo.log.count('the application failed') == echo.log.count('\nValueError: ')
 
@@ -3541,7 +3563,7 @@ class TestHarakiri:
         load.end()
 
     def test_a_client_that_lets_wait_is_no_case_for_harakiri(self, start):
-        server = start(APPS, 'harakiri = 1\nsocket-timeout = 2\nprocesses = 2')
+        server = start(APPS, 'harakiri = 1\nsocket-timeout = 3\nprocesses = 2')
         before = server.workers()
         with connect(server.socket) as silent, connect(server.socket) as slow:
             slow.sendall(packet('read', b'', QUERY_STRING='i.read()', CONTENT_LENGTH='3', REQUEST_METHOD='POST'))
@@ -4389,6 +4411,148 @@ def test_flask_keeps_a_session_uploads_and_downloads(tmp, serve_both_ways):
 
 
 # ---------------------------------------------------------------------------------------------
+# 12b. In a hostile world: bytes, clients and machines as bad as they get
+
+FUZZED = """
+def application(environ, start_response):
+    body = environ['wsgi.input'].read() if 'HTTP_READ' in environ else b''
+    out = repr(({k: v for k, v in environ.items() if type(v) is str}, body)).encode()
+    start_response('200 OK', [('Content-Length', str(len(out)))])
+    return [out]
+"""
+FUZZED_INI = 'disable-logging = true\nlimit-post = 1000000\nprocesses = 2'
+LENGTHS = ['-5', '+5', ' 5', '5 ', '0x5', '5.0', '1e3', '\xb2', '9' * 18, '9' * 30, '', '0', '00005', '5', '2000000', '5\0']
+MUTATIONS = 'whole', 'size', 'cut', 'no value', 'length', 'twice', 'one byte', 'odd', 'content-length', 'modifier', 'flip'
+
+
+def packet_mutation(chance):
+    """(bytes, shall they be sent one by one)"""
+    body = bytes(chance.choices(b'ab\0\r\n', k=chance.choice((0, 0, 5, 300))))
+    items = [(b'QUERY_STRING', b''), (b'REQUEST_METHOD', b'POST' if body else b'GET'), (b'REQUEST_URI', b'/a'),
+             (b'CONTENT_LENGTH', b'%d' % len(body) if body else b''), (b'PATH_INFO', b'/a'), (b'HTTP_HOST', b'x')]
+    if chance.random() < 0.5:
+        items.append((b'HTTP_READ', b'1'))
+    what = chance.choice(MUTATIONS)
+    if what == 'twice':
+        items += chance.choices(items, k=3)
+    elif what == 'odd':
+        for _ in range(3):
+            items[chance.randrange(len(items))] = tuple(
+                bytes(chance.choices(b'A\0\xff\r\n_=\xe4 ', k=chance.choice((1, 9, 300)))) for _ in range(2))
+    elif what == 'content-length':
+        items[3] = b'CONTENT_LENGTH', chance.choice(LENGTHS).encode('latin-1')
+        if chance.random() < 0.2:
+            items.append((b'CONTENT_LENGTH', chance.choice(LENGTHS).encode('latin-1')))
+    data = bytearray(block(*(text for item in items for text in item)))
+    if what == 'one byte':
+        data = bytearray(b''.join(b'\1\0%c\1\0%c' % tuple(chance.choices(range(256), k=2)) for _ in range(91)) * 120)
+    elif what == 'no value':
+        data += block(b'HTTP_LAST')
+    elif what == 'length':
+        at = 0
+        for _ in range(chance.randrange(2 * len(items))):
+            at += 2 + int.from_bytes(data[at:at + 2], 'little')
+        data[at:at + 2] = chance.choice((0, 1, 255, 256, 65535, chance.randrange(65536))).to_bytes(2, 'little')
+    size = len(data) if what != 'size' else chance.choice((0, 1, len(data) - 1, len(data) + 1, chance.randrange(65536)))
+    data = bytearray(frame(bytes(data), chance.randrange(256) if what == 'modifier' else 0, size) + body)
+    for _ in range(chance.randint(1, 4) if what == 'flip' else 0):
+        data[chance.randrange(len(data))] = chance.randrange(256)
+    if what == 'cut' or chance.random() < 0.02:
+        del data[chance.randrange(len(data)):]
+    return bytes(data), len(data) < 1000 and chance.random() < 0.05
+
+
+def send_packet(server, case):
+    """Send a packet whole or byte by byte, and the end of our side; all that the server answers."""
+    data, slowly = case
+    with connect(server.socket) as connection:
+        with contextlib.suppress(OSError):              # it has closed already
+            for i in range(len(data) if slowly else 0):
+                connection.sendall(data[i:i + 1])
+            connection.sendall(b'' if slowly else data)
+            connection.shutdown(socket.SHUT_WR)
+        return read_all(connection)
+
+
+def judge_packet(case, raw):
+    """Compare an answer with what the plain reader finds in the packet."""
+    data, end = case[0], 4 + int.from_bytes(case[0][1:3], 'little')
+    answer, found = Answer(raw), None
+    if not raw:                                         # the client seems to have left amid the packet or its body
+        if data[:1] not in (b'', b'\0', b'\x1e') or len(data) < end:
+            return 'closed, the packet is not whole'
+    else:
+        assert answer.status in ('200 OK', '400 Bad Request', '411 Length Required', '413 Content Too Large') or \
+            data[:3] == b'\x64\0\0' or data[0] == 100 and raw == b'\x64\0\0\1', 'status'
+    if data[:1] == b'\x64':
+        assert raw == b'\x64\0\0\1'
+        return 'ping'
+    found = read_plainly(data[:end]) if data[0] in (0, 30) and len(data) >= end > 4 else None
+    if found is None:
+        assert answer.status == '400 Bad Request' and answer.text.startswith('400 Bad Request: '), 'it is bad'
+        return '400 ' + answer.text[17:29]
+    length = found.get('CONTENT_LENGTH', '')
+    if length and not (length.isascii() and length.isdecimal() and len(length) < 19):
+        assert answer.status == '400 Bad Request' and 'Content-Length' in answer.text, 'its length is bad'
+        return '400 Content-Length'
+    if int(length or 0) > 1000000:
+        assert answer.status == '413 Content Too Large'
+        return '413'
+    if 'HTTP_TRANSFER_ENCODING' in found and not length:
+        assert answer.status == '411 Length Required'
+        return '411'
+    if 'HTTP_READ' in found and int(length or 0) > len(data) - end:
+        assert not raw, 'its body is not whole'
+        return 'closed, the body is not whole'
+    assert answer.status == '200 OK', 'it is good'
+    if found.get('REQUEST_METHOD') == 'HEAD':
+        assert not answer.body
+        return '200 to HEAD'
+    environ, body = ast.literal_eval(answer.body.decode())
+    assert body == (data[end:end + int(length or 0)] if 'HTTP_READ' in found else b''), 'the body'
+    del found['base']
+    assert {key: environ.get(key) for key in found} == found, 'the environ'
+    return '200'
+
+
+def fuzz_packets(server, seeds):
+    """Send mutated packets. (kinds of answers, failures), and whether the server is as it was before."""
+    def state():
+        return {pid: len(os.listdir(f'/proc/{pid}/fd')) for pid in server.workers()}
+    for _ in range(20):
+        server.ask()                                    # the offload threads may start with the first bad one
+    began, before = time.monotonic(), state()
+    kinds, failures = fuzz(seeds, packet_mutation, lambda case: send_packet(server, case), judge_packet)
+    wait_until(lambda: state() == before, f'{before}')
+    took = time.monotonic() - began
+    causes = collections.Counter(line[:25] for line in server.lines if line.startswith(('bad', '? ?', 'GET', 'POST')))
+    if failures or 'Traceback' in server.log or max(causes.values(), default=0) > 2 * (took + 2):
+        failures.append(f'{causes} in {took:.1f} s; the log ends with {server.log[-2000:]}')
+    return kinds, failures
+
+
+class TestBadBytes:
+    """Whatever is sent, it is answered in words or closed, costs no worker and no descriptor, and little log."""
+
+    def test_mutations_of_a_packet_get_the_right_answer_or_a_close(self):
+        """python3 test_minuwsgi.py --fuzz 50000 [SEED] for more; a failure names its seed."""
+        with running(FUZZED, FUZZED_INI) as server:
+            kinds, failures = fuzz_packets(server, range(600))
+        assert failures == [] and len(kinds) > 8
+
+
+def fuzz_for_long(number, first=1):
+    with running(FUZZED, FUZZED_INI) as server:
+        began = time.monotonic()
+        kinds, failures = fuzz_packets(server, range(first, first + number))
+        print(f'{number} cases from seed {first} in {time.monotonic() - began:.0f} s, {len(server.lines)} lines of log')
+    for kind, many in kinds.most_common():
+        print(f'{many:8} {kind}')
+    print(f'{len(failures)} failures', *failures[:20], sep='\n')
+    return bool(failures)
+
+
+# ---------------------------------------------------------------------------------------------
 # 13. The front door: README.md, example.ini, and the shape of the whole
 
 README, EXAMPLE, SOURCE = HERE / 'README.md', HERE / 'example.ini', MINUWSGI.read_text()
@@ -4694,5 +4858,7 @@ if __name__ == '__main__':
     if sys.argv[1:] == ['--readme']:
         README.write_text(readme_as_it_should_be())
         print('README.md is up to date')
+    elif sys.argv[1:2] == ['--fuzz']:
+        sys.exit(fuzz_for_long(*map(int, sys.argv[2:4])))
     else:
         sys.exit(pytest.main([__file__, *sys.argv[1:]]))
