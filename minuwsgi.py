@@ -894,8 +894,10 @@ class Log(io.RawIOBase):
     """A descriptor for lines, which holds nobody for longer than a second in ten. Lies under sys.stdout and
     sys.stderr too: an application that prints should neither wait for the log nor fail with it."""
 
+    impatient_until = 0.0               # of all: one that is stuck is enough
+
     def __init__(self, fd):
-        self.fd, self.lost, self.impatient_until = fd, 0, 0.0
+        self.fd, self.lost = fd, 0
         self.look()
 
     def look(self):
@@ -923,8 +925,8 @@ class Log(io.RawIOBase):
 
     def wait(self):
         if not ready_within(self.fd, select.POLLOUT, 0) and (
-                time.monotonic() < self.impatient_until or not ready_within(self.fd, select.POLLOUT, 1)):
-            self.impatient_until = time.monotonic() + 10
+                time.monotonic() < Log.impatient_until or not ready_within(self.fd, select.POLLOUT, 1)):
+            Log.impatient_until = time.monotonic() + 10
             raise BlockingIOError
 
 
@@ -2686,7 +2688,7 @@ class Core:
         self.second, self.date, self.pid = 0, '', os.getpid()
         self.line_start, self.line_end = f'[pid: {self.pid}|app: 0|req: ', f'(1 switches on core {number})\n'
         self.plain_log = not (self.config.disable_logging or self.config.log_format or self.config.log_x_forwarded_for)
-        self.next_second, self.usual_end = 0.0, ''      # HTTP: when its headers change, what they are
+        self.next_second, self.late, self.usual_end = 0.0, 0.0, ''      # HTTP: when its headers change, what they are
         self.template = {
             'REQUEST_METHOD': 'GET', 'SCRIPT_NAME': '', 'PATH_INFO': '', 'QUERY_STRING': '', 'SERVER_NAME': 'localhost',
             'SERVER_PORT': '80', 'SERVER_PROTOCOL': 'HTTP/1.1', 'wsgi.version': (1, 0), 'wsgi.url_scheme': 'http',
@@ -2705,7 +2707,7 @@ class Core:
         response, application, expected = self.response, self.application, self.expected
         start_response, logging = response.start_response, self.worker.logging
         start, start_end, started_environ, started_pieces, new_environ, all_pieces, planned = expected.plan
-        nothing, took, limit = self.template, 0.0, self.worker.limit
+        nothing, limit = self.template, self.worker.limit
         while True:
             try:
                 fd, _ = accept()
@@ -2718,7 +2720,7 @@ class Core:
             job = body = None
             environ, variables = nothing, 0
             try:
-                if took > 0.1 and hung_up(fd):             # it waited behind a slow request, perhaps for too long
+                if began < self.late and hung_up(fd):   # it waited behind a slow request, perhaps for too long
                     raise ClientGone(0, 'before its turn')
                 if not nowait:
                     os.set_blocking(fd, False)
@@ -2782,6 +2784,8 @@ class Core:
                 self.let_go(fd, job, body, close_after)
             ended = clock()
             took = ended - began
+            if took > 0.1:
+                self.late = ended + 10 * took           # by then those who wait now have had their turn
             requests = numbers[REQUESTS] + 1
             numbers[REQUESTS] = requests
             numbers[BUSY] += took
@@ -2844,7 +2848,7 @@ class Core:
         """The one place where the exceptions of a request end."""
         response, numbers = self.response, self.row.numbers
         if isinstance(error, ClientGone):
-            response.status, response.size = '499', response.size if response.sent else 0
+            response.status, response.size, response.keep = '499', response.size if response.sent else 0, False
             if error.errno:
                 log_now_and_then(error.strerror, f'{self.row.request()}: {error.strerror}')
             if response.sent:
@@ -3031,6 +3035,8 @@ class Core:
         response.http, response.end, response.keep = 'HTTP/1.1', self.usual_end, not self.worker.stopping
         response.has_date = response.has_server = False
         try:
+            if began < self.late and hung_up(fd):
+                raise ClientGone(0, 'before its turn')
             # A client mostly sends the same header lines again: then only the target is read, -4 us of 17.
             line_end = data.find(b'\r\n') - 9           # where ' HTTP/1.1' begins
             usual = data[line_end:end] == connection.fields and data[:5] == b'GET /' and response.keep
@@ -3087,6 +3093,8 @@ class Core:
             connection.deadline = now + (self.config.socket_timeout if connection.data else self.config.http_timeout)
         numbers[REQUESTS] += 1
         numbers[BUSY] += now - began
+        if now - began > 0.1:
+            self.late = now + 10 * (now - began)
         if self.worker.logging:
             variables = len(environ) - len(connection.environ)
             self.log_request(environ, variables, max(end, 0) + 4, numbers[REQUESTS], began, now)

@@ -9,6 +9,7 @@ must hold no traceback that the test didn't ask for, and no process may be left.
 """
 import ast
 import collections
+import concurrent.futures
 import configparser
 import contextlib
 import json
@@ -4515,15 +4516,16 @@ def judge_packet(case, raw):
     return '200'
 
 
+def descriptors(server):
+    """How many each worker has."""
+    return {pid: len(os.listdir(f'/proc/{pid}/fd')) for pid in server.workers()}
+
+
 def fuzz_packets(server, seeds):
-    """Send mutated packets. (kinds of answers, failures), and whether the server is as it was before."""
-    def state():
-        return {pid: len(os.listdir(f'/proc/{pid}/fd')) for pid in server.workers()}
-    for _ in range(20):
-        server.ask()                                    # the offload threads may start with the first bad one
-    began, before = time.monotonic(), state()
+    """Send mutated packets; the server must be as it was before. (kinds of answers, failures)"""
+    began, before = time.monotonic(), descriptors(server)
     kinds, failures = fuzz(seeds, packet_mutation, lambda case: send_packet(server, case), judge_packet)
-    wait_until(lambda: state() == before, f'{before}')
+    wait_until(lambda: descriptors(server) == before, f'{before}')
     took = time.monotonic() - began
     causes = collections.Counter(line[:25] for line in server.lines if line.startswith(('bad', '? ?', 'GET', 'POST')))
     if failures or 'Traceback' in server.log or max(causes.values(), default=0) > 2 * (took + 2):
@@ -4537,8 +4539,386 @@ class TestBadBytes:
     def test_mutations_of_a_packet_get_the_right_answer_or_a_close(self):
         """python3 test_minuwsgi.py --fuzz 50000 [SEED] for more; a failure names its seed."""
         with running(FUZZED, FUZZED_INI) as server:
-            kinds, failures = fuzz_packets(server, range(600))
+            kinds, failures = fuzz_packets(server, range(300))
         assert failures == [] and len(kinds) > 8
+
+
+    def test_a_packet_cut_at_any_byte_is_closed_and_nothing_else(self, shared):
+        server, data = shared(ENVIRON_APP), packet('/a')
+        for size in range(len(data)):
+            assert send_packet(server, (data[:size], False)) == b''
+        assert server.ask().status == '200 OK'
+
+    def test_a_flood_of_bad_requests_is_a_line_a_second_and_the_rest_is_counted(self, start):
+        server = start(ini='disable-logging = true')
+        began = time.monotonic()
+        for _ in range(300):
+            assert exchange(server.socket, frame(b'')).startswith(b'HTTP/1.1 400')
+        took = time.monotonic() - began
+        select.select([], [], [], 1.1)                  # the second is over, the next one tells
+        exchange(server.socket, frame(b''))
+        server.wait_for(r'\(and \d+ more like it\)$')
+        lines = [line for line in server.lines if line.startswith('bad request: an empty request')]
+        assert len(lines) <= took + 3
+        assert sum(int(re.search(r'\(and (\d+)', line)[1]) if '(and' in line else 0 for line in lines) + len(lines) == 301
+
+
+HOSTILE = """
+import time
+count = [0]
+def reply(body, s):
+    s('200 OK', [('Content-Length', str(len(body)))]); return [body]
+def hello(e, s):
+    return reply(b'hello\\n', s)
+def body(e, s):
+    return reply(b'%d' % len(e['wsgi.input'].read()), s)
+def drip(e, s):
+    s('200 OK', [])
+    for _ in range(100): yield b'x' * 100000
+def big(e, s):
+    s('200 OK', []); return [b'x' * 10000000]
+def nap(e, s):
+    time.sleep(0.2); return hello(e, s)
+def counted(e, s):
+    count[0] += 1; return reply(b'%d' % count[0], s)
+def memory(e, s):
+    eaten = []
+    while True: eaten.append(b'x' * 1000000)
+def say(e, s):
+    import sys
+    print('printed', '.' * 500); print('to stderr', '.' * 500, file=sys.stderr)
+    e['wsgi.errors'].write('to wsgi.errors\\n'); return hello(e, s)
+def application(e, s):
+    return globals()[e['PATH_INFO'][1:] or 'hello'](e, s)
+"""
+
+
+def send_and_leave(address, data, hard, after=0):
+    """Connect, send, read so many bytes, leave: by an end of our side, or hard, by a reset (over TCP)."""
+    with connect(address) as connection:
+        if hard:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
+        connection.sendall(data)
+        while after > 0:
+            after -= len(connection.recv(after))
+
+
+def speaking(server, speaks, path='/', body=b'', length=None):
+    """(address, request) over uwsgi or HTTP, with a body that may be shorter than its length."""
+    length = len(body) if length is None else length
+    if speaks == 'uwsgi':
+        return server.socket, packet(path, CONTENT_LENGTH=str(length or '')) + body
+    lines = f'GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n'
+    return server.http, lines.encode() + body
+
+
+both = pytest.mark.parametrize('speaks', ['uwsgi', 'http'])
+
+
+class TestBadClients:
+    """Who leaves, sleeps, dribbles or comes a thousand times at once holds a worker as long as socket-timeout says."""
+
+    @both
+    def test_a_thousand_clients_at_once_are_answered_by_two_workers(self, start, speaks):
+        server = start(HOSTILE, 'processes = 2\ndisable-logging = true', http=speaks == 'http')
+        address, request = speaking(server, speaks)
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(connect(address)) for _ in range(1000)]
+            for client in clients:
+                client.sendall(request)
+            assert all(Answer(read_all(client)).body == b'hello\n' for client in clients)
+
+    @both
+    def test_a_client_gone_at_any_stage_costs_nothing(self, start, speaks):
+        server = start(HOSTILE, 'processes = 2\ndisable-logging = true\nsocket-timeout = 1', http=speaks == 'http')
+        stages = {name: (*speaking(server, speaks, *arguments), after) for name, after, arguments in (
+            ('before', 0, ()), ('head', 0, ()), ('body', 0, ('/body', b'x', 100000)), ('unread', 0, ('/', b'x', 100000)),
+            ('running', 0, ('/nap',)), ('response', 1000, ('/drip',)), ('offload', 1000, ('/big',)),
+            ('unheard', 0, ('/big',)))}
+        stages['before'], stages['head'] = (stages['before'][0], b'', 0), (stages['head'][0], stages['head'][1][:20], 0)
+        before = descriptors(server)
+        for _ in range(3):
+            for address, data, after in stages.values():
+                for hard in (False, True):
+                    send_and_leave(address, data, hard, after)
+            assert Answer(exchange(*speaking(server, speaks))).body == b'hello\n'
+        wait_until(lambda: descriptors(server) == before, f'{before}')
+        assert 'Traceback' not in server.log and 'the application failed' not in server.log
+
+    @both
+    def test_a_client_that_has_ended_its_side_is_answered(self, start, speaks):
+        server = start(HOSTILE, http=speaks == 'http')
+        for path, size in ('/', 6), ('/nap', 6), ('/big', 10000000), ('/drip', 10000000):
+            address, data = speaking(server, speaks, path)
+            with connect(address) as connection:
+                connection.sendall(data)
+                connection.shutdown(socket.SHUT_WR)
+                raw = read_all(connection)
+            assert len(raw) >= size and raw.startswith(b'HTTP/1.1 200 OK')
+
+    @pytest.mark.parametrize('ini', ['', 'http-socket = t'])
+    def test_requests_whose_client_has_gone_are_skipped(self, start, tmp, ini):
+        server = start(HOSTILE, f'socket = s\n{ini}\ndisable-logging = true')
+        server.http = str(tmp / 't')
+        speaks = 'http' if ini else 'uwsgi'
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(connect(speaking(server, speaks)[0])) for _ in range(40)]
+            for i, client in enumerate(clients):
+                client.sendall(speaking(server, speaks, '/counted' if i else '/nap')[1])
+                if i == 0:
+                    select.select([], [], [], 0.1)
+            for client in clients[1::2]:                # every other one has had enough
+                client.close()
+            for client in clients[::2]:
+                assert Answer(read_all(client)).status == '200 OK'
+        assert int(server.ask('/counted').body) == 20
+
+    def test_who_is_slow_holds_a_worker_for_the_timeout_and_who_is_steady_is_served(self, start):
+        """A byte now and then, in head or body; nothing read of a response, or a little: one such client for each
+        worker, and who comes then gets its answer after socket-timeout."""
+        slow = [(packet('/body', CONTENT_LENGTH='9000'), b'x'), (packet()[:30], b'\0'), (packet('/drip'), b'')]
+        server = start(HOSTILE, 'socket-timeout = 1\nprocesses = 8', http=True)
+        clients = [(server.socket, *case, ticks) for case in slow for ticks in (1, 7)]
+        clients.append((server.socket, packet('/body', CONTENT_LENGTH='1500'), b'x' * 100, 1))
+        clients.append((*speaking(server, 'http', '/body', length=9000), b'x', 7))
+        began, answered = time.monotonic(), b''
+        with contextlib.ExitStack() as stack:
+            connections = [stack.enter_context(connect(address)) for address, *_ in clients]
+            for connection, (_, data, _, _) in zip(connections, clients):
+                connection.sendall(data)
+            other = stack.enter_context(connect(server.socket))
+            other.sendall(packet())
+            for tick in range(1, 16):
+                select.select([], [], [], 0.1)
+                for connection, (_, _, then, ticks) in zip(connections, clients):
+                    if tick % ticks == 0:
+                        with contextlib.suppress(OSError):
+                            connection.sendall(then) if then else connection.recv(10)
+                if not answered and select.select([other], [], [], 0)[0]:
+                    answered = time.monotonic() - began
+            assert Answer(read_all(other)).body == b'hello\n' and (answered or time.monotonic() - began) < 3
+            assert Answer(read_all(connections[6])).body == b'1500'
+            assert read_all(connections[0]) == read_all(connections[1]) == read_all(connections[7]) == b''
+
+
+@pytest.fixture
+def tiny_disk(tmp):
+    """A file system of 64 KiB."""
+    place = tmp / 'disk'
+    place.mkdir()
+    if subprocess.call(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'none', str(place)], stderr=subprocess.DEVNULL):
+        pytest.skip('only root can mount a small file system')
+    yield place
+    subprocess.check_call(['umount', '-l', str(place)])
+
+
+LOGS = {'pipe': os.pipe, 'socket': lambda: [one.detach() for one in socket.socketpair()], 'terminal': os.openpty}
+
+
+@pytest.fixture
+def unread(tmp):
+    """unread(kind, *arguments): a server whose log nobody reads until the test does; (process, the end to read from)."""
+    processes = []
+
+    def unread(kind, *arguments):
+        (tmp / 'app.py').write_text(HOSTILE)
+        ours, theirs = LOGS[kind]()
+        process = subprocess.Popen([sys.executable, str(MINUWSGI), '--module', 'app', *arguments], cwd=tmp,
+                                   stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
+        processes.append((process, ours))
+        wait_until(lambda: children(process.pid), 'the worker')
+        if kind == 'terminal':
+            os.write(ours, b'\x13')                     # Ctrl-S
+        os.close(theirs)
+        return process, ours
+    yield unread
+    for process, ours in processes:
+        left = children(process.pid)
+        process.kill()
+        process.wait()
+        with contextlib.suppress(OSError):
+            os.close(ours)
+        wait_until(lambda: not any(alive(pid) for pid in left), 'the end of the workers')
+
+
+def read_waiting(fd):
+    """What can be read without waiting."""
+    data = b''
+    while select.select([fd], [], [], 0.05)[0]:
+        data += os.read(fd, 1 << 20)
+    return data.decode(errors='replace')
+
+
+class TestBadMachine:
+    """No descriptors, no memory, no disk, no /proc, no end of signals, nobody who reads the log: it goes on."""
+
+    def test_with_32_descriptors_it_goes_on_and_reloads(self, start, tmp):
+        import resource
+        server = start(HOSTILE, 'processes = 2\nstats = stats\nsocket-timeout = 1', http=True,
+                       preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32)))
+        with contextlib.ExitStack() as stack:
+            for i in range(70):                         # more than two workers have descriptors
+                address, data = speaking(server, 'http' if i % 2 else 'uwsgi', '/big')
+                stack.enter_context(connect(address)).sendall(data)
+            for _ in range(40):
+                stack.enter_context(connect(str(tmp / 'stats')))
+            server.wait_for('accept: Too many open files')
+            server.kill(signal.SIGUSR1)
+        for _ in range(20):
+            assert server.ask().body == b'hello\n'
+        os.kill(server.workers()[0], signal.SIGKILL)
+        server.wait_for('died')
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        assert server.ask().body == b'hello\n' and len(re.findall('accept: ', server.log)) < 10
+
+    def test_a_full_disk_costs_lines_of_the_log_and_nothing_else(self, start, tiny_disk):
+        server = start(HOSTILE, f'logto = {tiny_disk}/log\npidfile = {tiny_disk}/pid', ready=False)
+        log = tiny_disk / 'log'
+        wait_until(lambda: log.exists() and '\nready' in log.read_text(), 'ready')
+        with open(tiny_disk / 'full', 'wb', buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(b'x' * 100):
+                pass
+        for _ in range(50):
+            assert server.ask('/say').body == b'hello\n'
+        code, output = run(tiny_disk, '--socket', '@mu-full', '--module', 'minuwsgi:demo', '--pidfile', 'other')
+        assert code == 1 and "other: can't write it: No space left on device" in output and 'Traceback' not in output
+        server.kill(signal.SIGHUP)
+        wait_until(lambda: server.ask('/counted').body == b'1', 'the new worker')
+        (tiny_disk / 'full').unlink()
+        server.ask()
+        wait_until(lambda: re.search(r'log: \d+ lines were lost here', log.read_text()), 'the count')
+        assert (tiny_disk / 'pid').read_text() == f'{server.pid}\n' and server.stop() == 0
+
+    def test_a_log_on_a_full_device_does_not_matter(self, start):
+        server = start(HOSTILE, 'logto = /dev/full', ready=False)
+        wait_until(lambda: os.path.exists(server.socket), 'the socket')
+        for _ in range(10):
+            assert server.ask('/say').body == b'hello\n'
+        assert server.stop() == 0
+
+    def test_an_application_without_memory_gives_a_500_and_the_next_request_is_served(self, start):
+        server = start(HOSTILE, 'limit-as = 200')
+        server.tracebacks_expected = True
+        for _ in range(3):
+            assert server.ask('/memory').raw[:12] in (b'HTTP/1.1 500', b'')
+            assert server.ask().body == b'hello\n'
+        assert 'MemoryError' in server.log or 'died' in server.log
+
+    @pytest.mark.parametrize('what', ['no /proc and no /dev/shm', 'read-only'])
+    def test_it_serves_and_reloads_with_less_of_a_system(self, tmp, what):
+        if os.getuid() or subprocess.call(['unshare', '--mount', 'true'], stderr=subprocess.DEVNULL):
+            pytest.skip('only root can mount')
+        (tmp / 'app.py').write_text(HOSTILE)
+        mounts = f'mount --bind {tmp} {tmp} && mount -o remount,ro,bind {tmp}' if what == 'read-only' else \
+            'mount -t tmpfs none /dev/shm && mount -t tmpfs none /proc'
+        port = free_port()
+        process = subprocess.Popen(
+            ['unshare', '--mount', 'sh', '-c', f'{mounts} && exec "$@"', 'sh', sys.executable, str(MINUWSGI), '--module', 'app',
+             '--socket', f'127.0.0.1:{port}', '--reload-on-rss', '1000', '--processes', '2', '--auto-procname',
+             '--harakiri', '9', '--stats', f'@{tmp.name}'],
+            cwd=tmp, stderr=subprocess.PIPE)
+        try:
+            for turn in range(2):
+                for line in process.stderr:
+                    assert b'Traceback' not in line
+                    if line.startswith(b'ready'):
+                        break
+                for _ in range(5):
+                    assert ask(('127.0.0.1', port)).body == b'hello\n'
+                assert json.loads(read_all(connect(f'\0{tmp.name}')))['workers'][0]['pid']
+                process.send_signal(signal.SIGHUP)
+            for option in ['--socket', 's'], ['--pidfile', 'p', '--socket', f'@{tmp.name}-']:
+                if what == 'read-only':
+                    command = f'{mounts} && exec {sys.executable} {MINUWSGI} --module app {" ".join(option)}'
+                    done = subprocess.run(['unshare', '--mount', 'sh', '-c', command], cwd=tmp, timeout=PATIENCE,
+                                          stderr=subprocess.PIPE)
+                    assert done.returncode == 1 and b'Read-only file system' in done.stderr
+                    assert b'Traceback' not in done.stderr
+        finally:
+            process.terminate()
+            rest = process.stderr.read()
+            process.stderr.close()
+            assert process.wait(PATIENCE) == 0 and b'Traceback' not in rest
+
+    def test_a_signal_every_millisecond_loses_no_request(self, start, tmp):
+        server = start(HOSTILE, 'processes = 2\nlogto = log', ready=False)
+        wait_until(lambda: (tmp / 'log').exists() and '\nready' in (tmp / 'log').read_text(), 'ready')
+        targets = [server.pid, *server.workers()]
+        load, sent = Load(server, '/hello'), 0
+        big = Load(server, '/big', 1)
+        until = time.monotonic() + 0.7
+        while time.monotonic() < until:
+            for pid in targets:
+                for number in signal.SIGCHLD, signal.SIGUSR1, signal.SIGCONT, signal.SIGWINCH:
+                    os.kill(pid, number)
+            sent += 1
+            select.select([], [], [], 0.001)
+        assert load.end() == [] == big.end()
+        assert load.answered > 50 and big.answered and sent > 50
+        assert [server.pid, *server.workers()] == targets
+
+    def test_a_log_that_nobody_reads_hangs_nobody(self, unread, tmp):
+        """It costs a worker a second, and so the master; what is lost meanwhile is told later."""
+        def live_with(kind):
+            address, slow = str(tmp / kind), 0
+            process, log = unread(kind, '--socket', address)
+            for i in range(400):
+                began = time.monotonic()
+                assert ask(address, f'/say?{"x" * 500}').body == b'hello\n'
+                slow += time.monotonic() - began > 0.5
+            assert slow <= 1
+            worker, = children(process.pid)
+            os.kill(worker, signal.SIGKILL)
+            wait_until(lambda: children(process.pid) not in ([], [worker]), 'a new worker')
+            os.kill(process.pid, signal.SIGHUP)
+            wait_until(lambda: ask(address, '/counted').body == b'1', 'the reload')
+            if kind == 'terminal':
+                os.write(log, b'\x11')                  # Ctrl-Q
+            wait_until(lambda: ask(address).body == b'hello\n' and 'lines were lost here' in read_waiting(log), kind)
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+        with concurrent.futures.ThreadPoolExecutor() as at_once:
+            list(at_once.map(live_with, LOGS))
+
+    def test_a_log_that_is_closed_hangs_nobody(self, unread, tmp):
+        process, log = unread('pipe', '--socket', 's')
+        os.close(log)
+        for _ in range(50):
+            assert ask(str(tmp / 's'), '/say').body == b'hello\n'
+        worker, = children(process.pid)
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: children(process.pid) not in ([], [worker]), 'a new worker')
+        os.kill(process.pid, signal.SIGHUP)
+        wait_until(lambda: ask(str(tmp / 's'), '/counted').body == b'1', 'an answer')
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+
+    def test_a_slow_reader_of_the_log_gets_every_line(self, unread, tmp):
+        process, log = unread('pipe', '--socket', 's')
+        read = []
+
+        def slowly():
+            with contextlib.suppress(OSError):
+                while data := os.read(log, 2000):
+                    read.append(data)
+                    time.sleep(0.002)
+        reader = threading.Thread(target=slowly)
+        reader.start()
+        for i in range(300):
+            ask(str(tmp / 's'), f'/hello?{i:03}{"x" * 500}')
+        process.terminate()
+        process.wait(PATIENCE)
+        reader.join(PATIENCE)
+        found = re.findall(rb'/hello\?(\d+)', b''.join(read))
+        assert found == [b'%03d' % i for i in range(300)]
+
+    def test_durations_are_measured_by_the_clock_that_does_not_jump(self):
+        """time.time() makes texts only: what people and browsers read, and a name for a file."""
+        functions = re.findall(r'^ *def (\w+)(.*?)(?=^ *(?:def|class) |\Z)', SOURCE, re.M | re.S)
+        uses = {name for name, body in functions if 'time.time()' in body}
+        assert uses == {'magic', 'rotate_log', 'send_static', 'formatted', 'tell_time', 'worker',
+                        'offer_uwsgi_module'}
 
 
 def fuzz_for_long(number, first=1):
