@@ -937,6 +937,9 @@ class Log(io.RawIOBase):
     def fileno(self):
         return self.fd
 
+    def isatty(self):
+        return os.isatty(self.fd)
+
     def writable(self):
         return True
 
@@ -4668,6 +4671,9 @@ def send_signal(what, name=''):
 
 def main(arguments):
     """Run the command line; returns the exit code."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:   # closed at the start: no socket should take the log's place
+        pass
+    os.close(fd)
     try:
         if not arguments or '--help' in arguments or '-h' in arguments:
             print(usage())

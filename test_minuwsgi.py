@@ -4557,7 +4557,9 @@ class TestBadBytes:
         began = time.monotonic()
         for _ in range(300):
             assert exchange(server.socket, frame(b'')).startswith(b'HTTP/1.1 400')
+            assert send_packet(server, (packet()[:100], False)) == b''
         took = time.monotonic() - began
+        assert len([line for line in server.lines if 'the client closed' in line]) <= took + 2
         select.select([], [], [], 1.1)                  # the second is over, the next one tells
         exchange(server.socket, frame(b''))
         server.wait_for(r'\(and \d+ more like it\)$')
@@ -4636,8 +4638,8 @@ class TestBadClients:
         server = start(HOSTILE, 'processes = 2\ndisable-logging = true\nsocket-timeout = 1', http=speaks == 'http')
         stages = {name: (*speaking(server, speaks, *arguments), after) for name, after, arguments in (
             ('before', 0, ()), ('head', 0, ()), ('body', 0, ('/body', b'x', 100000)),
-            ('unread', 0, ('/', b'x', 100000)), ('running', 0, ('/nap',)), ('response', 1000, ('/drip',)), ('offload', 1000, ('/big',)),
-            ('unheard', 0, ('/big',)))}
+            ('unread', 0, ('/', b'x', 100000)), ('running', 0, ('/nap',)),
+            ('response', 1000, ('/drip',)), ('offload', 1000, ('/big',)), ('unheard', 0, ('/big',)))}
         stages['before'], stages['head'] = (stages['before'][0], b'', 0), (stages['head'][0], stages['head'][1][:20], 0)
         before = descriptors(server)
         for _ in range(3):
@@ -4824,8 +4826,8 @@ class TestBadMachine:
         port = free_port()
         process = subprocess.Popen(
             ['unshare', '--mount', 'sh', '-c', f'{mounts} && exec "$@"', 'sh', sys.executable, str(MINUWSGI),
-             '--module', 'app', '--socket', f'127.0.0.1:{port}', '--reload-on-rss', '1000', '--processes', '2', '--auto-procname',
-             '--harakiri', '9', '--stats', f'@{tmp.name}'],
+             '--module', 'app', '--socket', f'127.0.0.1:{port}', '--reload-on-rss', '1000', '--processes', '2',
+             '--auto-procname', '--harakiri', '9', '--stats', f'@{tmp.name}'],
             cwd=tmp, stderr=subprocess.PIPE)
         try:
             for turn in range(2):
@@ -4889,6 +4891,19 @@ class TestBadMachine:
             assert process.wait(PATIENCE) == 0
         with concurrent.futures.ThreadPoolExecutor() as at_once:
             list(at_once.map(live_with, LOGS))
+
+    def test_nothing_takes_the_place_of_a_log_that_was_closed_before_the_start(self, tmp):
+        (tmp / 'app.py').write_text(HOSTILE)
+        command = ['sh', '-c', f'exec {sys.executable} {MINUWSGI} --module app --socket s --pidfile p <&- >&- 2>&-']
+        process = subprocess.Popen(command, cwd=tmp)
+        try:
+            wait_until(lambda: children(process.pid), 'the worker')
+            for pid in process.pid, children(process.pid)[0]:
+                assert [os.readlink(f'/proc/{pid}/fd/{fd}') for fd in range(3)] == ['/dev/null'] * 3
+            assert ask(str(tmp / 's'), '/say').raw == b'HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nhello\n'
+        finally:
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
 
     def test_a_log_that_is_closed_hangs_nobody(self, unread, tmp):
         process, log = unread('pipe', '--socket', 's')
