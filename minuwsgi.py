@@ -3919,7 +3919,8 @@ class Master:
         elif number in (signal.SIGUSR1, signal.SIGUSR2):
             if number == signal.SIGUSR1:
                 reopen_log(self.config)
-            self.tell_all(number)
+            if number == signal.SIGUSR1 or ready_within(2, select.POLLOUT, 0):      # a full log would hold the workers
+                self.tell_all(number)
 
     def stop(self):
         self.stopping += 1
