@@ -915,13 +915,14 @@ def write_if_ready(fd, line):
     return os.write(fd, line[:select.PIPE_BUF])
 
 
-class Log(io.RawIOBase):
+class Log(io.FileIO):
     """A descriptor for lines, which holds nobody for longer than a second in ten. Lies under sys.stdout and
     sys.stderr too: an application that prints should neither wait for the log nor fail with it."""
 
     impatient_until = 0.0               # of all: one that is stuck is enough
 
     def __init__(self, fd):
+        super().__init__(fd, 'w', closefd=False)
         self.fd, self.lost = fd, 0
         self.look()
 
@@ -933,15 +934,6 @@ class Log(io.RawIOBase):
             self.put = lambda fd, line: os.pwritev(fd, (line,), -1, NOWAIT)
         else:
             self.put = write_if_ready
-
-    def fileno(self):
-        return self.fd
-
-    def isatty(self):
-        return os.isatty(self.fd)
-
-    def writable(self):
-        return True
 
     def write(self, line):
         left = line
@@ -964,6 +956,9 @@ class Log(io.RawIOBase):
             raise BlockingIOError
 
 
+while (spare := os.open(os.devnull, os.O_RDWR)) < 3:    # closed at the start: no socket should take the log's place
+    pass
+os.close(spare)
 main_log = Log(2)
 
 
@@ -2704,7 +2699,8 @@ class Core:
         self.second, self.date, self.pid = 0, '', os.getpid()
         self.line_start, self.line_end = f'[pid: {self.pid}|app: 0|req: ', f'(1 switches on core {number})\n'
         self.plain_log = not (self.config.disable_logging or self.config.log_format or self.config.log_x_forwarded_for)
-        self.next_second, self.late, self.usual_end = 0.0, 0.0, ''      # HTTP: when its headers change, what they are
+        self.next_second, self.usual_end = 0.0, ''      # HTTP: when its headers change, what they are
+        self.late = 0.0                                 # until then a client may have waited for too long
         self.template = {
             'REQUEST_METHOD': 'GET', 'SCRIPT_NAME': '', 'PATH_INFO': '', 'QUERY_STRING': '', 'SERVER_NAME': 'localhost',
             'SERVER_PORT': '80', 'SERVER_PROTOCOL': 'HTTP/1.1', 'wsgi.version': (1, 0), 'wsgi.url_scheme': 'http',
@@ -2801,7 +2797,7 @@ class Core:
             ended = clock()
             took = ended - began
             if took > 0.1:
-                self.late = ended + 10 * took           # by then those who wait now have had their turn
+                self.late = ended + 10 * took           # those who wait now have their turn before that
             requests = numbers[REQUESTS] + 1
             numbers[REQUESTS] = requests
             numbers[BUSY] += took
@@ -4672,9 +4668,6 @@ def send_signal(what, name=''):
 
 def main(arguments):
     """Run the command line; returns the exit code."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:   # closed at the start: no socket should take the log's place
-        pass
-    os.close(fd)
     try:
         if not arguments or '--help' in arguments or '-h' in arguments:
             print(usage())
