@@ -875,8 +875,9 @@ Commands:
 # 2. Log
 #
 # Everything goes to descriptor 2, which `logto` puts on a file. One line is one os.write(), so that
-# the lines of many processes don't mix. A log that can't be written (pipe closed, disk full) is no
-# reason to stop serving.
+# the lines of many processes don't mix. A log that can't be written (disk full, pipe closed, or full
+# because nobody reads it) is no reason to stop serving: lines are lost then, and counted. O_NONBLOCK
+# would hold for other programs that share the descriptor too; so we poll.
 
 EXIT_CONFIG = 1                         # a mistake in the configuration, an address that can't be bound
 EXIT_NO_APP = 22                        # the application can't be loaded; uWSGI's number
@@ -885,12 +886,101 @@ EXIT_NO_APP = 22                        # the application can't be loaded; uWSGI
 log_date = []                           # of the option log-date: the format of strftime(), or nothing
 
 
+def ready_within(fd, event, seconds):
+    """Does an event come to a descriptor within so many seconds? Hang-ups and errors are events always."""
+    poll = select.poll()
+    poll.register(fd, event)
+    return bool(poll.poll(seconds * 1000))
+
+
+def nowait_flag():
+    """RWF_NOWAIT where preadv() takes it for sockets (Linux 6.5), else 0. See preadv2(2).
+
+    With it, reading from a blocking socket fails instead of waiting: no call is needed to make each
+    connection non-blocking (-0.4 us)."""
+    a, b = socket.socketpair()
+    with a, b:
+        try:
+            os.preadv(a.fileno(), [bytearray(1)], -1, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return os.RWF_NOWAIT
+        except (OSError, AttributeError):
+            return 0
+
+
+NOWAIT = nowait_flag()
+
+
+def write_if_ready(fd, line):
+    """os.write() that doesn't wait, nearly: two processes may take the same room for theirs."""
+    if not ready_within(fd, select.POLLOUT, 0):
+        raise BlockingIOError
+    return os.write(fd, line[:select.PIPE_BUF])
+
+
+class Log(io.FileIO):
+    """A descriptor for lines, which holds nobody for longer than a second in ten. Lies under sys.stdout and
+    sys.stderr too: an application that prints should neither wait for the log nor fail with it."""
+
+    impatient_until = 0.0               # of all: one that is stuck is enough
+
+    def __init__(self, fd):
+        super().__init__(fd, 'w', closefd=False)
+        self.fd, self.lost = fd, 0
+        self.look()
+
+    def look(self):
+        """A file never makes us wait; of pipes and sockets the kernel can tell; else we ask first."""
+        if os.path.isfile(self.fd):
+            self.put = os.write
+        elif NOWAIT and not os.isatty(self.fd):
+            self.put = lambda fd, line: os.pwritev(fd, (line,), -1, NOWAIT)
+        else:
+            self.put = write_if_ready
+
+    def write(self, line):
+        left = line
+        try:
+            if self.lost:
+                left = b'\nlog: %d lines were lost here: it could not be written\n' % self.lost + bytes(line)
+            while left:
+                try:
+                    left = left[self.put(self.fd, left):]
+                except BlockingIOError:
+                    self.wait()
+            self.lost = 0
+        except OSError:
+            self.lost += 1
+        return len(line)
+
+    def wait(self):
+        if time.monotonic() < Log.impatient_until or not ready_within(self.fd, select.POLLOUT, 1):
+            Log.impatient_until = time.monotonic() + 10
+            raise BlockingIOError
+
+
+while (spare := os.open(os.devnull, os.O_RDWR)) < 3:    # closed at the start: no socket should take the log's place
+    pass
+os.close(spare)
+main_log = Log(2)
+
+
 def log(message):
     date = time.strftime(log_date[0]) + ' - ' if log_date else ''
-    try:
-        os.write(2, f'{date}{message}\n'.encode('utf-8', 'backslashreplace'))
-    except OSError:
-        pass
+    main_log.write(f'{date}{message}\n'.encode('utf-8', 'backslashreplace'))
+
+
+held_back = {}                          # cause -> [until when, how many]
+
+
+def log_now_and_then(cause, message):
+    """Log what anybody on the network can bring about: a line a second for each cause."""
+    entry, now = held_back.setdefault(cause, [0.0, 0]), time.monotonic()
+    if now < entry[0]:
+        entry[1] += 1
+    else:
+        log(message + (f' (and {entry[1]} more like it)' if entry[1] else ''))
+        entry[:] = now + 1, 0
 
 
 def log_exception(message):
@@ -928,6 +1018,7 @@ def open_log(name):
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
+    main_log.look()
 
 
 def mtime(name):
@@ -1295,7 +1386,7 @@ HEADER_KEYS = {}                        # a header's name as it was sent -> its 
 def header_key(name):
     """'User-Agent' -> 'HTTP_USER_AGENT'; '' where the header must not reach the application."""
     if not name or not TOKEN.issuperset(name):
-        raise BadRequest(f'{name[:100]!r} is no name of a header')
+        raise BadRequest(f'no name of a header: {name[:100]!r}')
     key = name.upper().replace('-', '_')
     if '_' in name or key == 'PROXY':
         key = ''                        # X_A would pass for X-A; HTTP_PROXY would steer the application's clients
@@ -1332,7 +1423,7 @@ def parse_first_line(line, environ):
     environ['REQUEST_METHOD'], environ['REQUEST_URI'] = method, target
     if protocol not in ('HTTP/1.1', 'HTTP/1.0'):
         other = len(protocol) == 8 and protocol[:5] == 'HTTP/' and protocol[6] == '.' and protocol[5::2].isdecimal()
-        raise BadRequest(f'protocol {protocol[:20]!r}',
+        raise BadRequest(f'the protocol {protocol[:20]!r}',
                          '505 HTTP Version Not Supported' if other else '400 Bad Request')
     environ['SERVER_PROTOCOL'] = protocol
     if '#' in target or '\t' in target:
@@ -1372,7 +1463,7 @@ def parse_head(head, environ):
     for line in lines:
         name, colon, value = line.partition(':')
         if not colon:
-            raise BadRequest(f'{line[:100]!r} is no header')
+            raise BadRequest(f'no header: {line[:100]!r}')
         key = HEADER_KEYS.get(name)
         if key is None:
             key = header_key(name)
@@ -1466,31 +1557,6 @@ IOV_MAX = 1024
 READ_MAX = 65536
 
 
-def nowait_flag():
-    """RWF_NOWAIT where preadv() takes it for sockets (Linux 6.5), else 0. See preadv2(2).
-
-    With it, reading from a blocking socket fails instead of waiting: no call is needed to make each
-    connection non-blocking (-0.4 us)."""
-    a, b = socket.socketpair()
-    with a, b:
-        try:
-            os.preadv(a.fileno(), [bytearray(1)], -1, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return os.RWF_NOWAIT
-        except (OSError, AttributeError):
-            return 0
-
-
-NOWAIT = nowait_flag()
-
-
-def ready_within(fd, event, seconds):
-    """Does an event come to a descriptor within so many seconds? Hang-ups and errors are events always."""
-    poll = select.poll()
-    poll.register(fd, event)
-    return bool(poll.poll(seconds * 1000))
-
-
 def wait_for(fd, event, deadline):
     """Wait until a descriptor is ready; deadline in seconds of time.monotonic()."""
     if not ready_within(fd, event, max(0, deadline - time.monotonic())):
@@ -1566,13 +1632,13 @@ def send_file(fd, head, file, offset, count, seconds):
 
 
 def drain(fd):
-    """Take what the client still sends, for at most 64 MiB or 2 s of silence, so that it reads our
-    answer: closing with unread bytes would reset the connection, and nginx then answers 502."""
+    """Take what the client still sends, for at most 64 MiB, a minute or 2 s of silence, so that it reads
+    our answer: closing with unread bytes would reset the connection, and nginx then answers 502."""
     with socket.socket(fileno=os.dup(fd)) as connection:
         connection.shutdown(socket.SHUT_WR)
-    left = 1 << 26
+    left, until = 1 << 26, time.monotonic() + 60
     os.set_blocking(fd, False)
-    while left > 0:
+    while left > 0 and time.monotonic() < until:
         try:
             got = os.read(fd, READ_MAX)
         except BlockingIOError:
@@ -1612,12 +1678,16 @@ class EmptyInput:
         return iter(())
 
 
+BODY_RATE = 500                         # bytes a second: who sends less can't hold a worker for long
+
+
 class Body(io.RawIOBase):
     """A request body of known length: what came with the head, then what the connection brings.
     io.BufferedReader makes wsgi.input of it, and closes nothing."""
 
     def __init__(self, fd, begun, left, timeout):
         self.fd, self.begun, self.left, self.timeout = fd, begun, left, timeout
+        self.patience = timeout         # how long we would wait: what comes slower than BODY_RATE uses it up
         self.waited = lambda seconds: None              # is told how long the client let us wait
         self.wants_continue = False     # the client waits for 100 Continue before it sends
 
@@ -1642,8 +1712,10 @@ class Body(io.RawIOBase):
             self.wants_continue = False
             write_some(self.fd, [b'HTTP/1.1 100 Continue\r\n\r\n'])
         began = time.monotonic()
-        got = read_some(self.fd, into, began + self.timeout)
-        self.waited(time.monotonic() - began)
+        got = read_some(self.fd, into, began + self.patience)
+        waited = time.monotonic() - began
+        self.patience = min(self.timeout, self.patience - waited + got / BODY_RATE)
+        self.waited(waited)
         return got
 
     def behind(self):
@@ -1684,7 +1756,7 @@ class ChunkedBody(Body):
         size, semicolon, _ = self.line().partition(b';')
         size = size.rstrip(b' \t') if semicolon else size
         if not size or len(size) > 15 or size.strip(b'0123456789abcdefABCDEF'):
-            raise BadRequest(f'{size[:30]!r} is no size of a chunk')
+            raise BadRequest(f'no size of a chunk: {size[:30]!r}')
         self.chunk = int(size, 16)
         self.limit -= self.chunk
         if self.limit < 0:
@@ -2477,26 +2549,30 @@ class Offloader:
 
     def __init__(self):
         self.inbox = collections.deque()                # (fd, (job, event, seconds), done)
-        self.thread = None
+        self.thread, self.poll = None, select.epoll()
+        self.wake_read, self.wake_write = os.pipe()
+        os.set_blocking(self.wake_read, False)
+        self.poll.register(self.wake_read, select.EPOLLIN)
         self.jobs = {}                                  # fd -> [job, event, deadline, done]
 
     def take(self, fd, waiting, done):
         """Run a job that run_a_while() returned to its end; then done(fd, ok) owns the descriptor."""
-        self.inbox.append((fd, waiting, done))
         if self.thread is None:
-            self.start()
-        os.write(self.wake_write, b'.')
+            try:
+                self.start()
+            except RuntimeError as error:               # no memory for a thread
+                log_now_and_then('offload', f'offload: {error}')
+                return done(fd, False)
+        self.inbox.append((fd, waiting, done))
+        return os.write(self.wake_write, b'.')
 
     def start(self):
         import threading
-        self.wake_read, self.wake_write = os.pipe()
-        os.set_blocking(self.wake_read, False)
-        self.thread = threading.Thread(target=self.run, name='offload', daemon=True)
-        self.thread.start()
+        thread = threading.Thread(target=self.run, name='offload', daemon=True)
+        thread.start()
+        self.thread = thread
 
     def run(self):
-        self.poll = select.epoll()
-        self.poll.register(self.wake_read, select.EPOLLIN)
         closing = False
         while self.jobs or not closing:
             for fd, _ in self.poll.poll(self.next_deadline()):
@@ -2526,7 +2602,7 @@ class Offloader:
             self.end(fd, True)
         except Exception as error:
             if not isinstance(error, (ConnectionError, ClientGone)):
-                log(f'offload: {error}')
+                log_now_and_then('offload', f'offload: {error}')
             self.end(fd, False)
         else:
             if event != entry[1]:
@@ -2687,6 +2763,7 @@ class Core:
         self.line_start, self.line_end = f'[pid: {self.pid}|app: 0|req: ', f'(1 switches on core {number})\n'
         self.next_second, self.usual_end = 0.0, ''      # HTTP: when its headers change, what they are
         self.closing_end, self.known = '', {}           # known: header lines -> (environ of them, keep-alive)
+        self.late = 0.0                                 # until then a client may have waited for too long
         self.template = {
             'REQUEST_METHOD': 'GET', 'SCRIPT_NAME': '', 'PATH_INFO': '', 'QUERY_STRING': '', 'SERVER_NAME': 'localhost',
             'SERVER_PORT': '80', 'SERVER_PROTOCOL': 'HTTP/1.1', 'wsgi.version': (1, 0), 'wsgi.url_scheme': 'http',
@@ -2708,7 +2785,7 @@ class Core:
         response, application, expected = self.response, self.application, self.expected
         start_response, logging = response.start_response, self.worker.logging
         start, start_end, started_environ, started_pieces, new_environ, all_pieces, planned = expected.plan
-        nothing, took, limit = self.template, 0.0, self.worker.limit
+        nothing, limit = self.template, self.worker.limit
         while True:
             try:
                 fd, _ = accept()
@@ -2722,7 +2799,7 @@ class Core:
             job = body = None
             environ, variables = nothing, 0
             try:
-                if took > 0.1 and hung_up(fd):             # it waited behind a slow request, perhaps for too long
+                if began < self.late and hung_up(fd):   # it waited behind a slow request, perhaps for too long
                     raise ClientGone(0, 'before its turn')
                 if not nowait:
                     os.set_blocking(fd, False)
@@ -2776,6 +2853,8 @@ class Core:
                 self.let_go(fd, job, body, close_after)
             ended = clock()
             took = ended - began
+            if took > 0.1:
+                self.late = ended + 10 * took           # those who wait now have their turn before that
             requests = numbers[REQUESTS] + 1
             numbers[REQUESTS] = requests
             numbers[BUSY] += took
@@ -2799,7 +2878,8 @@ class Core:
                 error.errno = error.errno if got else 0         # a connection that was only tried is no error
                 raise
         if packet[0] == PING:
-            os.write(fd, PONG)
+            with contextlib.suppress(OSError):          # it may not wait for it
+                os.write(fd, PONG)
             raise ClientGone(0, 'a ping')
         if packet[0] not in (WSGI, WSGI_STRIP) and not (packet[0] == CGI and self.config.cgi):
             if bytes(packet[:3]).isalpha():
@@ -2838,16 +2918,16 @@ class Core:
         self.worker.end_child(error)
         response, numbers = self.response, self.row.numbers
         if isinstance(error, ClientGone):
-            response.status, response.size = '499', response.size if response.sent else 0
+            response.status, response.size, response.keep = '499', response.size if response.sent else 0, False
             if error.errno:
-                log(f'{self.row.request()}: {error.strerror}')
+                log_now_and_then(error.strerror, f'{self.row.request()}: {error.strerror}')
             if response.sent:
                 response.ending = 'cut'
             return
         numbers[ERRORS] += 1
         if isinstance(error, BadRequest) and not response.sent:
             status, why, response.ending = error.status, str(error), 'drain'
-            log(f'bad request: {why}')
+            log_now_and_then(why[:12], f'bad request: {why}')          # a cause begins with its own words
         else:
             status, why = '500 Internal Server Error', ''
             log_exception(f'{self.row.request()}: the application failed')
@@ -2902,10 +2982,7 @@ class Core:
                     f"{{{2 * variables} vars in {size} bytes}} [{self.date}] {get('REQUEST_METHOD', '')} "
                     f"{get('REQUEST_URI', '')} => generated {response.size} bytes in {int(took * 1000)} msecs "
                     f"({get('SERVER_PROTOCOL', '')} {status}) {headers} headers in {len(head)} bytes {self.line_end}")
-        try:
-            os.write(self.worker.log_fd, line.encode('latin-1', 'backslashreplace'))
-        except OSError:
-            pass
+        self.worker.request_log.write(line.encode('latin-1', 'backslashreplace'))
 
     def worth_a_line(self, status, milliseconds):
         """With disable-logging, some requests are logged all the same."""
@@ -3034,6 +3111,8 @@ class Core:
         response.http, response.end, response.keep = 'HTTP/1.1', self.usual_end, not self.worker.stopping
         response.has_date = response.has_server = False
         try:
+            if began < self.late and hung_up(fd):
+                raise ClientGone(0, 'before its turn')
             # Clients mostly send the same header lines again: then only the target is read, -4 us of 17.
             line_end = data.find(b'\r\n') - 9           # where ' HTTP/1.1' begins
             fields = data[line_end:end]
@@ -3079,6 +3158,8 @@ class Core:
             connection.deadline = now + (self.config.socket_timeout if connection.data else self.config.http_timeout)
         numbers[REQUESTS] += 1
         numbers[BUSY] += now - began
+        if now - began > 0.1:
+            self.late = now + 10 * (now - began)
         if self.worker.logging:
             variables = len(environ) - len(connection.template)
             self.log_request(environ, variables, max(end, 0) + 4, numbers[REQUESTS], began, now)
@@ -3153,9 +3234,9 @@ class Worker:
         os.close(other_end)
         self.logging = not config.disable_logging or any((
             config.log_4xx, config.log_5xx, config.log_slow, config.log_zero, config.log_big))
-        self.log_fd = 2
+        self.request_log = main_log
         for name in config.req_logger:
-            self.log_fd = open_to_append(name)
+            self.request_log = Log(open_to_append(name))
         self.limit = self.most = math.inf               # requests until check_limits(), until we leave
         if config.max_requests:                         # not all workers at the same time
             delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
@@ -3263,8 +3344,9 @@ class Worker:
         for fd, listener in self.listeners.items():
             if self.poll is None:
                 if number == signal.SIGTERM:
-                    self.waiting = listener.socket.dup()
-                    self.waiting.setblocking(False)     # for all that share it: they stop too
+                    with contextlib.suppress(OSError):          # no descriptor is left
+                        self.waiting = listener.socket.dup()
+                        self.waiting.setblocking(False)         # for all that share it: they stop too
                 os.dup2(self.dead_end, fd, inheritable=False)
             else:
                 self.unwatch(fd)
@@ -3302,7 +3384,7 @@ class Worker:
         if self.stopping:
             return True
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-            log(f'worker {self.number}: accept: {error.strerror}')
+            log_now_and_then('accept', f'worker {self.number}: accept: {error.strerror}')
             idle = sorted(connection.deadline for connection in list(self.connections.values()) if not connection.data)
             if idle:                                    # make room: a part of those that are silent the longest
                 self.close_connections(lambda c: not c.data and c.deadline <= idle[len(idle) // 4])
@@ -3338,7 +3420,8 @@ class Worker:
         if answered >= self.most:
             self.leave(f'max-requests, it has answered {answered}')
         elif config.reload_on_rss or config.reload_on_as:
-            with open('/proc/self/statm') as file:
+            size = rss = 0                              # where there is no /proc
+            with contextlib.suppress(OSError), open('/proc/self/statm') as file:
                 size, rss = [int(pages) * mmap.PAGESIZE >> 20 for pages in file.read().split()[:2]]
             for name, most, is_now in ('rss', config.reload_on_rss, rss), ('as', config.reload_on_as, size):
                 if most and is_now >= most:
@@ -3595,11 +3678,11 @@ class Notify:
 
     def __call__(self, text):
         if self.address:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
-                try:
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
                     connection.sendto(text.encode(), self.address.replace('@', '\0', 1))
-                except OSError as error:
-                    log(f'NOTIFY_SOCKET: {error.strerror}')
+            except OSError as error:
+                log(f'NOTIFY_SOCKET: {error.strerror}')
 
     def watch(self):
         if self.watchdog and time.monotonic() - self.last >= self.watchdog - 0.5:
@@ -3705,7 +3788,7 @@ class Stats:
                 client.settimeout(0.5)                  # a slow one must not hold the master
                 client.sendall(answer)
         except OSError:
-            pass
+            time.sleep(0.01)                            # perhaps no descriptor is left, and it stays readable
 
     def over_http(self, path):
         status, kind, body = '200 OK', 'application/json', b''
@@ -3946,7 +4029,8 @@ class Master:
         elif number in (signal.SIGUSR1, signal.SIGUSR2):
             if number == signal.SIGUSR1:
                 reopen_log(self.config)
-            self.tell_all(number)
+            if number == signal.SIGUSR1 or ready_within(2, select.POLLOUT, 0):      # a full log would hold the workers
+                self.tell_all(number)
 
     def stop(self):
         self.stopping += 1
@@ -4125,15 +4209,15 @@ class Master:
         rows = self.free.pop()
         for row in rows:
             row.clear()
-        lifeline, hold = os.pipe()
-        master = os.getpid()
+        pipe, master = (), os.getpid()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         flush_streams()
         try:
+            pipe = lifeline, hold = os.pipe()
             pid = os.fork()
-        except OSError as error:                        # too many processes, no memory: later, perhaps
-            os.close(lifeline)
-            os.close(hold)
+        except OSError as error:                        # too many processes or descriptors, no memory: later, perhaps
+            for fd in pipe:
+                os.close(fd)
             self.free.append(rows)
             self.not_before = time.monotonic() + 1
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -4251,7 +4335,7 @@ class Master:
         self.reload_wanted = False
         log('reload: trying the new configuration and application')
         notify(f'RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}\nSTATUS=reloading')
-        with self.start.as_then(), self.or_not_at_all():
+        with self.or_not_at_all(), self.start.as_then():
             self.proof = os.posix_spawn(sys.executable, [*self.start.command, '--check'], self.start.environment,
                                         file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
                                         setsigmask=(), setsigdef=SIGNALS)
@@ -4273,7 +4357,7 @@ class Master:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
         for fd in (*(entry[2] for entry in state['sockets'] + state['workers']), *(state['pidfile'] or ())[1:]):
             os.set_inheritable(fd, True)
-        with self.start.as_then(), self.or_not_at_all():
+        with self.or_not_at_all(), self.start.as_then():
             os.execve(sys.executable, self.start.command, {**self.start.environment, RELOADED: json.dumps(state)})
 
     @contextlib.contextmanager
@@ -4516,13 +4600,14 @@ class Pidfile:
             self.fd = fd if fd is not None else open_safely(self.path, os.O_RDWR, 0o644)
             os.set_inheritable(self.fd, False)
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fd is None:
+                os.ftruncate(self.fd, 0)
+                os.pwrite(self.fd, b'%d\n' % os.getpid(), 0)
         except BlockingIOError:
             pid = os.pread(self.fd, 20, 0).decode().strip()
             raise ConfigError(f'pidfile = {path}: a server with the pid {pid} holds it; stop it first') from None
         except OSError as error:
             raise ConfigError(f"pidfile = {path}: can't write it: {error.strerror}") from None
-        os.ftruncate(self.fd, 0)
-        os.pwrite(self.fd, b'%d\n' % os.getpid(), 0)
 
     def close(self):
         os.close(self.fd)
@@ -4605,6 +4690,8 @@ def go_where_the_log_is(config, start, reloaded):
         reopen_log(config)
     elif config.logto:
         open_log(config.logto)
+    sys.stdout = io.TextIOWrapper(Log(1), 'utf-8', 'backslashreplace', line_buffering=True)
+    sys.stderr = io.TextIOWrapper(main_log, 'utf-8', 'backslashreplace', line_buffering=True)
     for name in config.req_logger if not reloaded else ():
         fresh, fd = not os.path.lexists(name), open_to_append(name)
         if fresh and not os.getuid():

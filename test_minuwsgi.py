@@ -9,6 +9,8 @@ for events (a line in the log, the end of a process), never for time to pass. At
 must hold no traceback that the test didn't ask for, and no process may be left.
 """
 import ast
+import collections
+import concurrent.futures
 import configparser
 import contextlib
 import json
@@ -1208,10 +1210,10 @@ class TestUwsgi:
     def test_a_bad_packet_gets_a_4xx_and_a_log_line_in_words(self, shared, name):
         data, words = BAD_PACKETS[name]
         server = shared(ENVIRON_APP)
-        before = len(server.lines)
         answer = Answer(exchange(server.socket, data))
         assert answer.status.startswith('4') and words in answer.text
-        wait_until(lambda: any('bad request' in line and words in line for line in server.lines[before:]), words)
+        cause = answer.text.partition(': ')[2][:12]     # each is logged once a second
+        wait_until(lambda: f'bad request: {cause}' in server.log, words)
         assert server.ask().status == '200 OK'
 
     def test_byte_by_byte(self, shared):
@@ -1939,31 +1941,54 @@ def behind_proxy():
         yield server
 
 
+def fuzz(seeds, make, talk, judge):
+    """For each seed: make(chance) gives the input, talk(input) what the server answers, judge(input, answer) a name
+    for it, or an AssertionError. ({name: how many}, [failure])"""
+    kinds, failures = collections.Counter(), []
+    for seed in seeds:
+        case = make(random.Random(seed))
+        raw = talk(case)
+        try:
+            kinds[judge(case, raw)] += 1
+        except AssertionError as error:
+            failures.append(f'seed {seed}: {repr(case)[:600]} got {raw[:300]!r}: {error}')
+    return kinds, failures
+
+
+HTTP_SEEDS = [
+    b'GET /a?b=c HTTP/1.1\r\nHost: x\r\nX-Y: z\r\nCookie: a=b\r\n\r\n',
+    b'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 11\r\nContent-Type: text/plain\r\n\r\nhello world',
+    b'POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n'
+    b'5;a=b\r\nhello\r\n6\r\n world\r\n0\r\nT: 1\r\n\r\n',
+    b'HEAD http://x/ HTTP/1.0\r\nConnection: keep-alive\r\nExpect: 100-continue\r\n\r\n']
+HTTP_PIECES = [
+    b'\r\n', b'\n', b'\r', b'\0', b' ', b'\t', b':', b';', b',', b'0', b'ffffffff', b'-1', b'\xff', b'HTTP/1.1', b'%00',
+    b'chunked', b'Content-Length: 3\r\n', b'Transfer-Encoding: chunked\r\n', b'Host: y\r\n',
+    b'Expect: 100-continue\r\n', b'\r\n\r\n', b'/../', b'a' * 5000]
+
+
+def http_mutation(chance):
+    data = bytearray(b''.join(chance.choices(HTTP_SEEDS, k=chance.randint(1, 3))))
+    for _ in range(chance.randint(1, 6)):
+        at, size = chance.randrange(len(data) + 1), chance.choice((0, 0, 1, 2, 8, 40))
+        new = chance.choice((chance.choice(HTTP_PIECES), bytes([chance.randrange(256)]), data[at:at + 30] * 2))
+        data[at:at + size] = new
+    return bytes(data)
+
+
+def judge_http(data, raw):
+    if b'HEAD' in data:
+        assert not raw or raw.startswith(b'HTTP/1.1 ')
+        return raw[9:12]
+    return b' '.join(answer.status[:3].encode() for answer in answers(raw)[:1])
+
+
 def test_fuzzing_gets_well_formed_answers_only(echo):
     """MINUWSGI_FUZZ=20000 for more. A failure names the seed of its input."""
-    seeds = [b'GET /a?b=c HTTP/1.1\r\nHost: x\r\nX-Y: z\r\nCookie: a=b\r\n\r\n',
-             b'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 11\r\nContent-Type: text/plain\r\n\r\nhello world',
-             b'POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n'
-             b'5;a=b\r\nhello\r\n6\r\n world\r\n0\r\nT: 1\r\n\r\n',
-             b'HEAD http://x/ HTTP/1.0\r\nConnection: keep-alive\r\nExpect: 100-continue\r\n\r\n']
-    pieces = [b'\r\n', b'\n', b'\r', b'\0', b' ', b'\t', b':', b';', b',', b'0', b'ffffffff', b'-1', b'\xff',
-              b'HTTP/1.1', b'%00',
-              b'chunked', b'Content-Length: 3\r\n', b'Transfer-Encoding: chunked\r\n', b'Host: y\r\n',
-              b'Expect: 100-continue\r\n',
-              b'\r\n\r\n', b'/../', b'a' * 5000]
-    for number in range(int(os.environ.get('MINUWSGI_FUZZ', 1000))):
-        chance = random.Random(number)
-        data = bytearray(b''.join(chance.choices(seeds, k=chance.randint(1, 3))))
-        for _ in range(chance.randint(1, 6)):
-            at, size = chance.randrange(len(data) + 1), chance.choice((0, 0, 1, 2, 8, 40))
-            new = chance.choice((chance.choice(pieces), bytes([chance.randrange(256)]), data[at:at + 30] * 2))
-            data[at:at + size] = new
-        raw = send_raw(echo, bytes(data))
-        try:
-            is_head = data.find(b'HEAD') >= 0
-            assert is_head and (not raw or raw.startswith(b'HTTP/1.1 ')) or not is_head and answers(raw) is not None
-        except AssertionError as error:
-            raise AssertionError(f'seed {number}: {bytes(data)!r} got {raw[:500]!r}') from error
+    seeds = range(int(os.environ.get('MINUWSGI_FUZZ', 1000)))
+    _, failures = fuzz(seeds, http_mutation, lambda data: send_raw(echo, data), judge_http)
+    assert failures == []
+    assert len({line[:25] for line in echo.lines if line.startswith('bad request')}) < 40      # causes are few
     assert echo.get('/').status == '200 OK'
     assert echo.log.count('the application failed') == echo.log.count('\nValueError: ')
 
@@ -3590,7 +3615,7 @@ class TestHarakiri:
         load.end()
 
     def test_a_client_that_lets_wait_is_no_case_for_harakiri(self, start):
-        server = start(APPS, 'harakiri = 1\nsocket-timeout = 2\nprocesses = 2')
+        server = start(APPS, 'harakiri = 1\nsocket-timeout = 3\nprocesses = 2')
         before = server.workers()
         with connect(server.socket) as silent, connect(server.socket) as slow:
             slow.sendall(packet('read', b'', QUERY_STRING='i.read()', CONTENT_LENGTH='3', REQUEST_METHOD='POST'))
@@ -5034,6 +5059,555 @@ def test_flask_keeps_a_session_uploads_and_downloads(tmp, serve_both_ways):
 
 
 # ---------------------------------------------------------------------------------------------
+# 12b. In a hostile world: bytes, clients and machines as bad as they get
+
+FUZZED = """
+def application(environ, start_response):
+    body = environ['wsgi.input'].read() if 'HTTP_READ' in environ else b''
+    out = repr(({k: v for k, v in environ.items() if type(v) is str}, body)).encode()
+    start_response('200 OK', [('Content-Length', str(len(out)))])
+    return [out]
+"""
+FUZZED_INI = 'disable-logging = true\nlimit-post = 1000000\nprocesses = 2'
+LENGTHS = ['-5', '+5', ' 5', '5 ', '0x5', '5.0', '1e3', '\xb2', '9' * 18, '9' * 30, '', '0',
+           '00005', '5', '2000000', '5\0']
+MUTATIONS = ('whole', 'size', 'cut', 'no value', 'length', 'twice', 'one byte', 'odd', 'content-length', 'modifier',
+             'flip')
+
+
+def packet_mutation(chance):
+    """(bytes, shall they be sent one by one)"""
+    body = bytes(chance.choices(b'ab\0\r\n', k=chance.choice((0, 0, 5, 300))))
+    items = [(b'QUERY_STRING', b''), (b'REQUEST_METHOD', b'POST' if body else b'GET'), (b'REQUEST_URI', b'/a'),
+             (b'CONTENT_LENGTH', b'%d' % len(body) if body else b''), (b'PATH_INFO', b'/a'), (b'HTTP_HOST', b'x')]
+    if chance.random() < 0.5:
+        items.append((b'HTTP_READ', b'1'))
+    what = chance.choice(MUTATIONS)
+    if what == 'twice':
+        items += chance.choices(items, k=3)
+    elif what == 'odd':
+        for _ in range(3):
+            items[chance.randrange(len(items))] = tuple(
+                bytes(chance.choices(b'A\0\xff\r\n_=\xe4 ', k=chance.choice((1, 9, 300)))) for _ in range(2))
+    elif what == 'content-length':
+        items[3] = b'CONTENT_LENGTH', chance.choice(LENGTHS).encode('latin-1')
+        if chance.random() < 0.2:
+            items.append((b'CONTENT_LENGTH', chance.choice(LENGTHS).encode('latin-1')))
+    data = bytearray(block(*(text for item in items for text in item)))
+    if what == 'one byte':
+        data = bytearray(b''.join(b'\1\0%c\1\0%c' % tuple(chance.choices(range(256), k=2)) for _ in range(91)) * 120)
+    elif what == 'no value':
+        data += block(b'HTTP_LAST')
+    elif what == 'length':
+        at = 0
+        for _ in range(chance.randrange(2 * len(items))):
+            at += 2 + int.from_bytes(data[at:at + 2], 'little')
+        data[at:at + 2] = chance.choice((0, 1, 255, 256, 65535, chance.randrange(65536))).to_bytes(2, 'little')
+    size = len(data) if what != 'size' else chance.choice((0, 1, len(data) - 1, len(data) + 1, chance.randrange(65536)))
+    data = bytearray(frame(bytes(data), chance.randrange(256) if what == 'modifier' else 0, size) + body)
+    for _ in range(chance.randint(1, 4) if what == 'flip' else 0):
+        data[chance.randrange(len(data))] = chance.randrange(256)
+    if what == 'cut' or chance.random() < 0.02:
+        del data[chance.randrange(len(data)):]
+    return bytes(data), len(data) < 1000 and chance.random() < 0.05
+
+
+def send_packet(server, case):
+    """Send a packet whole or byte by byte, and the end of our side; all that the server answers."""
+    data, slowly = case
+    with connect(server.socket) as connection:
+        with contextlib.suppress(OSError):              # it has closed already
+            for i in range(len(data) if slowly else 0):
+                connection.sendall(data[i:i + 1])
+            connection.sendall(b'' if slowly else data)
+            connection.shutdown(socket.SHUT_WR)
+        return read_all(connection)
+
+
+def judge_packet(case, raw):
+    """Compare an answer with what the plain reader finds in the packet."""
+    data, end = case[0], 4 + int.from_bytes(case[0][1:3], 'little')
+    answer, found = Answer(raw), None
+    if not raw:                                         # the client seems to have left amid the packet or its body
+        if data[:1] not in (b'', b'\0', b'\x1e') or len(data) < end:
+            return 'closed, the packet is not whole'
+    else:
+        assert answer.status in ('200 OK', '400 Bad Request', '411 Length Required', '413 Content Too Large') or \
+            data[:3] == b'\x64\0\0' or data[0] == 100 and raw == b'\x64\0\0\1', 'status'
+    if data[:1] == b'\x64':
+        assert raw == b'\x64\0\0\1'
+        return 'ping'
+    found = read_plainly(data[:end]) if data[0] in (0, 30) and len(data) >= end > 4 else None
+    if found is None:
+        assert answer.status == '400 Bad Request' and answer.text.startswith('400 Bad Request: '), 'it is bad'
+        return '400 ' + answer.text[17:29]
+    length = found.get('CONTENT_LENGTH', '')
+    if length and not (length.isascii() and length.isdecimal() and len(length) < 19):
+        assert answer.status == '400 Bad Request' and 'Content-Length' in answer.text, 'its length is bad'
+        return '400 Content-Length'
+    if int(length or 0) > 1000000:
+        assert answer.status == '413 Content Too Large'
+        return '413'
+    if 'HTTP_TRANSFER_ENCODING' in found and not length:
+        assert answer.status == '411 Length Required'
+        return '411'
+    if 'HTTP_READ' in found and int(length or 0) > len(data) - end:
+        assert not raw, 'its body is not whole'
+        return 'closed, the body is not whole'
+    assert answer.status == '200 OK', 'it is good'
+    if found.get('REQUEST_METHOD') == 'HEAD':
+        assert not answer.body
+        return '200 to HEAD'
+    environ, body = ast.literal_eval(answer.body.decode())
+    assert body == (data[end:end + int(length or 0)] if 'HTTP_READ' in found else b''), 'the body'
+    del found['base']
+    assert {key: environ.get(key) for key in found} == found, 'the environ'
+    return '200'
+
+
+def descriptors(server):
+    """How many each worker has."""
+    return {pid: len(os.listdir(f'/proc/{pid}/fd')) for pid in server.workers()}
+
+
+def fuzz_packets(server, seeds):
+    """Send mutated packets; the server must be as it was before. (kinds of answers, failures)"""
+    began, before = time.monotonic(), descriptors(server)
+    kinds, failures = fuzz(seeds, packet_mutation, lambda case: send_packet(server, case), judge_packet)
+    wait_until(lambda: descriptors(server) == before, f'{before}')
+    took = time.monotonic() - began
+    causes = collections.Counter(line[:25] for line in server.lines if line.startswith(('bad', '? ?', 'GET', 'POST')))
+    if failures or 'Traceback' in server.log or len(causes) > 20 or max(causes.values(), default=0) > 2 * (took + 2):
+        failures.append(f'{causes} in {took:.1f} s; the log ends with {server.log[-2000:]}')
+    return kinds, failures
+
+
+class TestBadBytes:
+    """Whatever is sent, it is answered in words or closed, costs no worker and no descriptor, and little log."""
+
+    def test_mutations_of_a_packet_get_the_right_answer_or_a_close(self):
+        """python3 test_minuwsgi.py --fuzz 50000 [SEED] for more; a failure names its seed."""
+        with running(FUZZED, FUZZED_INI) as server:
+            kinds, failures = fuzz_packets(server, range(300))
+        assert failures == [] and len(kinds) > 8
+
+
+    def test_a_packet_cut_at_any_byte_is_closed_and_nothing_else(self, shared):
+        server, data = shared(ENVIRON_APP), packet('/a')
+        for size in range(len(data)):
+            assert send_packet(server, (data[:size], False)) == b''
+        assert server.ask().status == '200 OK'
+
+    def test_a_flood_of_bad_requests_is_a_line_a_second_and_the_rest_is_counted(self, start):
+        server = start(ini='disable-logging = true')
+        began = time.monotonic()
+        for _ in range(300):
+            assert exchange(server.socket, frame(b'')).startswith(b'HTTP/1.1 400')
+            assert send_packet(server, (packet()[:100], False)) == b''
+        took = time.monotonic() - began
+        assert len([line for line in server.lines if 'the client closed' in line]) <= took + 2
+        select.select([], [], [], 1.1)                  # the second is over, the next one tells
+        exchange(server.socket, frame(b''))
+        server.wait_for(r'\(and \d+ more like it\)$')
+        lines = [line for line in server.lines if line.startswith('bad request: an empty request')]
+        assert len(lines) <= took + 3
+        assert len(lines) + sum(int(number) for number in re.findall(r'\(and (\d+) more', '\n'.join(lines))) == 301
+
+
+HOSTILE = """
+import time
+count = [0]
+def reply(body, s):
+    s('200 OK', [('Content-Length', str(len(body)))]); return [body]
+def hello(e, s):
+    return reply(b'hello\\n', s)
+def body(e, s):
+    return reply(b'%d' % len(e['wsgi.input'].read()), s)
+def drip(e, s):
+    s('200 OK', [])
+    for _ in range(100): yield b'x' * 100000
+def big(e, s):
+    s('200 OK', []); return [b'x' * 10000000]
+def nap(e, s):
+    time.sleep(0.2); return hello(e, s)
+def counted(e, s):
+    count[0] += 1; return reply(b'%d' % count[0], s)
+def memory(e, s):
+    eaten = []
+    while True: eaten.append(b'x' * 1000000)
+def say(e, s):
+    import sys
+    print('printed', '.' * 500); print('to stderr', '.' * 500, file=sys.stderr)
+    e['wsgi.errors'].write('to wsgi.errors\\n'); return hello(e, s)
+def application(e, s):
+    return globals()[e['PATH_INFO'][1:] or 'hello'](e, s)
+"""
+
+
+def send_and_leave(address, data, hard, after=0):
+    """Connect, send, read so many bytes, leave: by an end of our side, or hard, by a reset (over TCP)."""
+    with connect(address) as connection:
+        if hard:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
+        connection.sendall(data)
+        while after > 0:
+            after -= len(connection.recv(after))
+
+
+def speaking(server, speaks, path='/', body=b'', length=None):
+    """(address, request) over uwsgi or HTTP, with a body that may be shorter than its length."""
+    length = len(body) if length is None else length
+    if speaks == 'uwsgi':
+        return server.socket, packet(path, CONTENT_LENGTH=str(length or '')) + body
+    lines = f'GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n'
+    return server.http, lines.encode() + body
+
+
+both = pytest.mark.parametrize('speaks', ['uwsgi', 'http'])
+
+
+class TestBadClients:
+    """Who leaves, sleeps, dribbles or comes a thousand times at once holds a worker as long as socket-timeout says."""
+
+    @both
+    def test_a_thousand_clients_at_once_are_answered_by_two_workers(self, start, speaks):
+        server = start(HOSTILE, 'processes = 2\ndisable-logging = true', http=speaks == 'http')
+        address, request = speaking(server, speaks)
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(connect(address)) for _ in range(1000)]
+            for client in clients:
+                client.sendall(request)
+            assert all(Answer(read_all(client)).body == b'hello\n' for client in clients)
+
+    @pytest.mark.parametrize('speaks, tcp', [('uwsgi', False), ('uwsgi', True), ('http', True)])
+    def test_a_client_gone_at_any_stage_costs_nothing(self, start, speaks, tcp):
+        port = free_port()
+        server = start(HOSTILE, 'processes = 2\ndisable-logging = true\nsocket-timeout = 1\n'
+                       f'socket = {f"127.0.0.1:{port}" if tcp else "s"}', http=speaks == 'http')
+        server.socket = ('127.0.0.1', port) if tcp else server.socket
+        stages = {name: (*speaking(server, speaks, *arguments), after) for name, after, arguments in (
+            ('before', 0, ()), ('head', 0, ()), ('body', 0, ('/body', b'x', 100000)),
+            ('unread', 0, ('/', b'x', 100000)), ('running', 0, ('/nap',)),
+            ('response', 1000, ('/drip',)), ('offload', 1000, ('/big',)), ('unheard', 0, ('/big',)))}
+        stages['before'], stages['head'] = (stages['before'][0], b'', 0), (stages['head'][0], stages['head'][1][:20], 0)
+        before = descriptors(server)
+        for _ in range(3):
+            for address, data, after in stages.values():
+                for hard in (False, True):
+                    send_and_leave(address, data, hard, after)
+            assert Answer(exchange(*speaking(server, speaks))).body == b'hello\n'
+        wait_until(lambda: descriptors(server) == before, f'{before}')
+        assert 'Traceback' not in server.log and 'the application failed' not in server.log
+
+    @both
+    def test_a_client_that_has_ended_its_side_is_answered(self, start, speaks):
+        server = start(HOSTILE, http=speaks == 'http')
+        for path, size in ('/', 6), ('/nap', 6), ('/big', 10000000), ('/drip', 10000000):
+            address, data = speaking(server, speaks, path)
+            with connect(address) as connection:
+                connection.sendall(data)
+                connection.shutdown(socket.SHUT_WR)
+                raw = read_all(connection)
+            assert len(raw) >= size and raw.startswith(b'HTTP/1.1 200 OK')
+
+    @pytest.mark.parametrize('ini', ['', 'http-socket = t'])
+    def test_requests_whose_client_has_gone_are_skipped(self, start, tmp, ini):
+        server = start(HOSTILE, f'socket = s\n{ini}\ndisable-logging = true')
+        server.http = str(tmp / 't')
+        speaks = 'http' if ini else 'uwsgi'
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(connect(speaking(server, speaks)[0])) for _ in range(40)]
+            for i, client in enumerate(clients):
+                client.sendall(speaking(server, speaks, '/counted' if i else '/nap')[1])
+                if i == 0:
+                    select.select([], [], [], 0.1)
+            for client in clients[1::2]:                # every other one has had enough
+                client.close()
+            for client in clients[::2]:
+                assert Answer(read_all(client)).status == '200 OK'
+        assert int(server.ask('/counted').body) == 20
+
+    def test_who_is_slow_holds_a_worker_for_the_timeout_and_who_is_steady_is_served(self, start):
+        """A byte now and then, in the head or the body; nothing read of a response, or a little: a worker for each."""
+        server = start(HOSTILE, 'socket-timeout = 1\nprocesses = 8', http=True)
+        kinds = (server.socket, packet('/body', CONTENT_LENGTH='9000'), b'x'), (server.socket, packet()[:30], b'\0'), \
+            (*speaking(server, 'http', '/body', length=9000), b'x'), (server.socket, packet('/drip'), b'')
+        began = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            def connected(address, data):
+                connection = stack.enter_context(connect(address))
+                connection.sendall(data)
+                return connection
+            slow = {connected(address, data): (then, ticks) for address, data, then in kinds for ticks in (1, 7)}
+            steady = connected(server.socket, packet('/body', CONTENT_LENGTH='1500'))
+            senders, tick = [connection for connection, (then, _) in slow.items() if then], 0
+            while senders or tick < 15:
+                assert time.monotonic() - began < 4
+                tick += 1
+                select.select([], [], [], 0.1)
+                for connection, (then, ticks) in slow.items():
+                    if tick % ticks == 0:
+                        with contextlib.suppress(OSError):
+                            connection.sendall(then) if then else connection.recv(10)
+                if tick <= 15:
+                    steady.sendall(b'x' * 100)
+                senders = [one for one in senders if one not in select.select(senders, [], [], 0)[0]]
+            assert Answer(read_all(steady)).body == b'1500'
+            for connection, (then, _) in slow.items():
+                raw = read_all(connection)
+                assert not raw if then else len(raw) < 10000000
+        assert server.ask().body == b'hello\n'
+
+
+@pytest.fixture
+def tiny_disk(tmp):
+    """A file system of 64 KiB."""
+    place = tmp / 'disk'
+    place.mkdir()
+    if subprocess.call(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'none', str(place)], stderr=subprocess.DEVNULL):
+        pytest.skip('only root can mount a small file system')
+    yield place
+    subprocess.check_call(['umount', '-l', str(place)])
+
+
+LOGS = {'pipe': os.pipe, 'socket': lambda: [one.detach() for one in socket.socketpair()], 'terminal': os.openpty}
+
+
+@pytest.fixture
+def unread(tmp):
+    """unread(kind, *arguments): a server whose log nobody reads until the test does; (process, log)."""
+    processes = []
+
+    def unread(kind, *arguments):
+        (tmp / 'app.py').write_text(HOSTILE)
+        ours, theirs = LOGS[kind]()
+        process = subprocess.Popen([sys.executable, str(MINUWSGI), '--module', 'app', *arguments], cwd=tmp,
+                                   stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
+        processes.append((process, ours))
+        wait_until(lambda: children(process.pid), 'the worker')
+        if kind == 'terminal':
+            os.write(ours, b'\x13')                     # Ctrl-S
+        os.close(theirs)
+        return process, ours
+    yield unread
+    for process, ours in processes:
+        left = children(process.pid)
+        process.kill()
+        process.wait()
+        with contextlib.suppress(OSError):
+            os.close(ours)
+        wait_until(lambda: not any(alive(pid) for pid in left), 'the end of the workers')
+
+
+def read_waiting(fd):
+    """What can be read without waiting."""
+    data = b''
+    while select.select([fd], [], [], 0.05)[0]:
+        data += os.read(fd, 1 << 20)
+    return data.decode(errors='replace')
+
+
+class TestBadMachine:
+    """No descriptors, no memory, no disk, no /proc, no end of signals, nobody who reads the log: it goes on."""
+
+    def test_with_32_descriptors_it_goes_on_and_reloads(self, start, tmp):
+        import resource
+        server = start(HOSTILE, 'processes = 2\nstats = stats\nstats-http = true', http=True,
+                       preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32)))
+        with contextlib.ExitStack() as stack:
+            for i in range(70):                         # more than two workers have descriptors
+                address, data = speaking(server, 'http' if i % 2 else 'uwsgi', '/big')
+                stack.enter_context(connect(address)).sendall(data)
+            server.wait_for('accept: Too many open files')
+            for _ in range(40):                         # more than the master has
+                stack.enter_context(connect(str(tmp / 'stats')))
+            wait_until(lambda: len(os.listdir(f'/proc/{server.pid}/fd')) == 32, 'the last descriptor')
+            os.kill(server.workers()[0], signal.SIGKILL)
+            server.wait_for('Too many open files; the next try comes in 1 s')
+            server.kill(signal.SIGHUP)
+            server.wait_for('reload: failed')
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        for _ in range(20):
+            assert server.ask().body == b'hello\n'
+        assert len(re.findall('accept: ', server.log)) < 10
+
+    def test_a_full_disk_costs_lines_of_the_log_and_nothing_else(self, start, tiny_disk):
+        server = start(HOSTILE, f'logto = {tiny_disk}/log\npidfile = {tiny_disk}/pid', ready=False)
+        log = tiny_disk / 'log'
+        wait_until(lambda: log.exists() and '\nready' in log.read_text(), 'ready')
+        with open(tiny_disk / 'full', 'wb', buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(b'x' * 100):
+                pass
+        for _ in range(50):
+            assert server.ask('/say').body == b'hello\n'
+        code, output = run(tiny_disk, '--socket', '@mu-full', '--module', 'minuwsgi:demo', '--pidfile', 'other')
+        assert code == 1 and "other: can't write it: No space left on device" in output and 'Traceback' not in output
+        server.kill(signal.SIGHUP)
+        wait_until(lambda: server.ask('/counted').body == b'1', 'the new worker')
+        (tiny_disk / 'full').unlink()
+        server.ask()
+        wait_until(lambda: re.search(r'log: \d+ lines were lost here', log.read_text()), 'the count')
+        assert (tiny_disk / 'pid').read_text() == f'{server.pid}\n' and server.stop() == 0
+
+    def test_a_log_on_a_full_device_does_not_matter(self, start):
+        server = start(HOSTILE, 'logto = /dev/full', ready=False)
+        wait_until(lambda: os.path.exists(server.socket), 'the socket')
+        for _ in range(10):
+            assert server.ask('/say').body == b'hello\n'
+        assert server.stop() == 0
+
+    def test_an_application_without_memory_gives_a_500_and_the_next_request_is_served(self, start):
+        server = start(HOSTILE, 'limit-as = 200')
+        server.tracebacks_expected = True
+        for _ in range(3):
+            assert server.ask('/memory').raw[:12] in (b'HTTP/1.1 500', b'')
+            assert server.ask().body == b'hello\n'
+        assert 'MemoryError' in server.log or 'died' in server.log
+
+    @pytest.mark.parametrize('what', ['no /proc and no /dev/shm', 'read-only'])
+    def test_it_serves_and_reloads_with_less_of_a_system(self, tmp, what):
+        if os.getuid() or subprocess.call(['unshare', '--mount', 'true'], stderr=subprocess.DEVNULL):
+            pytest.skip('only root can mount')
+        (tmp / 'app.py').write_text(HOSTILE)
+        mounts = f'mount --bind {tmp} {tmp} && mount -o remount,ro,bind {tmp}' if what == 'read-only' else \
+            'mount -t tmpfs none /dev/shm && mount -t tmpfs none /proc'
+        port = free_port()
+        process = subprocess.Popen(
+            ['unshare', '--mount', 'sh', '-c', f'{mounts} && exec "$@"', 'sh', sys.executable, str(MINUWSGI),
+             '--module', 'app', '--socket', f'127.0.0.1:{port}', '--reload-on-rss', '1000', '--processes', '2',
+             '--auto-procname', '--harakiri', '9', '--stats', f'@{tmp.name}'],
+            cwd=tmp, stderr=subprocess.PIPE)
+        try:
+            for turn in range(2):
+                for line in process.stderr:
+                    assert b'Traceback' not in line
+                    if line.startswith(b'ready'):
+                        break
+                for _ in range(5):
+                    assert ask(('127.0.0.1', port)).body == b'hello\n'
+                assert json.loads(read_all(connect(f'\0{tmp.name}')))['workers'][0]['pid']
+                process.send_signal(signal.SIGHUP)
+            for option in ['--socket', 's'], ['--pidfile', 'p', '--socket', f'@{tmp.name}-']:
+                if what == 'read-only':
+                    command = f'{mounts} && exec {sys.executable} {MINUWSGI} --module app {" ".join(option)}'
+                    done = subprocess.run(['unshare', '--mount', 'sh', '-c', command], cwd=tmp, timeout=PATIENCE,
+                                          stderr=subprocess.PIPE)
+                    assert done.returncode == 1 and b'Read-only file system' in done.stderr
+                    assert b'Traceback' not in done.stderr
+        finally:
+            process.terminate()
+            rest = process.stderr.read()
+            process.stderr.close()
+            assert process.wait(PATIENCE) == 0 and b'Traceback' not in rest
+
+    def test_a_signal_every_millisecond_loses_no_request(self, start, tmp):
+        server = start(HOSTILE, 'processes = 2\nlogto = log', ready=False)
+        wait_until(lambda: (tmp / 'log').exists() and '\nready' in (tmp / 'log').read_text(), 'ready')
+        targets = [server.pid, *server.workers()]
+        load, sent = Load(server, '/hello'), 0
+        big = Load(server, '/big', 1)
+        until = time.monotonic() + 0.7
+        while time.monotonic() < until:
+            for pid in targets:
+                for number in signal.SIGCHLD, signal.SIGUSR1, signal.SIGCONT, signal.SIGWINCH:
+                    os.kill(pid, number)
+            sent += 1
+            select.select([], [], [], 0.001)
+        assert load.end() == [] == big.end()
+        assert load.answered > 50 and big.answered and sent > 50
+        assert [server.pid, *server.workers()] == targets
+
+    def test_a_log_that_nobody_reads_hangs_nobody(self, unread, tmp):
+        """It costs a worker a second, and so the master; what is lost meanwhile is told later."""
+        def live_with(kind):
+            address, slow = str(tmp / kind), 0
+            process, log = unread(kind, '--socket', address)
+            for i in range(400):
+                began = time.monotonic()
+                assert ask(address, f'/say?{"x" * 500}').body == b'hello\n'
+                slow += time.monotonic() - began > 0.5
+            assert slow <= 1
+            worker, = children(process.pid)
+            os.kill(process.pid, signal.SIGUSR2)        # nor does it write its stack then
+            assert ask(address).body == b'hello\n'
+            os.kill(worker, signal.SIGKILL)
+            wait_until(lambda: children(process.pid) not in ([], [worker]), 'a new worker')
+            os.kill(process.pid, signal.SIGHUP)
+            wait_until(lambda: ask(address, '/counted').body == b'1', 'the reload')
+            if kind == 'terminal':
+                os.write(log, b'\x11')                  # Ctrl-Q
+            wait_until(lambda: ask(address).body == b'hello\n' and 'lines were lost here' in read_waiting(log), kind)
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+        with concurrent.futures.ThreadPoolExecutor() as at_once:
+            list(at_once.map(live_with, LOGS))
+
+    def test_nothing_takes_the_place_of_a_log_that_was_closed_before_the_start(self, tmp):
+        (tmp / 'app.py').write_text(HOSTILE)
+        command = ['sh', '-c', f'exec {sys.executable} {MINUWSGI} --module app --socket s --pidfile p <&- >&- 2>&-']
+        process = subprocess.Popen(command, cwd=tmp)
+        try:
+            wait_until(lambda: children(process.pid), 'the worker')
+            for pid in process.pid, children(process.pid)[0]:
+                assert [os.readlink(f'/proc/{pid}/fd/{fd}') for fd in range(3)] == ['/dev/null'] * 3
+            assert ask(str(tmp / 's'), '/say').raw == b'HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nhello\n'
+        finally:
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+
+    def test_a_log_that_is_closed_hangs_nobody(self, unread, tmp):
+        process, log = unread('pipe', '--socket', 's')
+        os.close(log)
+        for _ in range(50):
+            assert ask(str(tmp / 's'), '/say').body == b'hello\n'
+        worker, = children(process.pid)
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: children(process.pid) not in ([], [worker]), 'a new worker')
+        os.kill(process.pid, signal.SIGHUP)
+        wait_until(lambda: ask(str(tmp / 's'), '/counted').body == b'1', 'an answer')
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+
+    def test_a_slow_reader_of_the_log_gets_every_line(self, unread, tmp):
+        process, log = unread('pipe', '--socket', 's')
+        read = []
+
+        def slowly():
+            with contextlib.suppress(OSError):
+                while data := os.read(log, 2000):
+                    read.append(data)
+                    time.sleep(0.002)
+        reader = threading.Thread(target=slowly)
+        reader.start()
+        for i in range(300):
+            ask(str(tmp / 's'), f'/hello?{i:03}{"x" * 500}')
+        process.terminate()
+        process.wait(PATIENCE)
+        reader.join(PATIENCE)
+        found = re.findall(rb'/hello\?(\d+)', b''.join(read))
+        assert found == [b'%03d' % i for i in range(300)]
+
+    def test_durations_are_measured_by_the_clock_that_does_not_jump(self):
+        """time.time() makes texts only: what people and browsers read, and a name for a file."""
+        functions = re.findall(r'^ *def (\w+)(.*?)(?=^ *(?:def|class) |\Z)', SOURCE, re.M | re.S)
+        uses = {name for name, body in functions if 'time.time()' in body}
+        assert uses == {'magic', 'rotate_log', 'send_static', 'formatted', 'tell_time', 'worker',
+                        'offer_uwsgi_module'}
+
+
+def fuzz_for_long(number, first=1):
+    with running(FUZZED, FUZZED_INI) as server:
+        began = time.monotonic()
+        kinds, failures = fuzz_packets(server, range(first, first + number))
+        print(f'{number} cases from seed {first} in {time.monotonic() - began:.0f} s, {len(server.lines)} lines of log')
+    for kind, many in kinds.most_common():
+        print(f'{many:8} {kind}')
+    print(f'{len(failures)} failures', *failures[:20], sep='\n')
+    return bool(failures)
+
+
+# ---------------------------------------------------------------------------------------------
 # 13. The front door: README.md, example.ini, and the shape of the whole
 
 README, EXAMPLE, SOURCE = HERE / 'README.md', HERE / 'example.ini', MINUWSGI.read_text()
@@ -5442,5 +6016,7 @@ if __name__ == '__main__':
         print('README.md is up to date')
     elif sys.argv[1:2] == ['--soak']:
         sys.exit(not soak(float(sys.argv[2])))
+    elif sys.argv[1:2] == ['--fuzz']:
+        sys.exit(fuzz_for_long(*map(int, sys.argv[2:4])))
     else:
         sys.exit(pytest.main([__file__, *sys.argv[1:]]))
