@@ -2863,7 +2863,7 @@ class Core:
             response.sent = False
             numbers[STARTED] = 0.0
             if requests >= limit:
-                limit = self.worker.check_limits(requests)
+                limit = self.worker.check_limits()
 
     # -- what is rare
 
@@ -3168,7 +3168,7 @@ class Core:
         response.body = None
         numbers[STARTED] = 0.0
         if numbers[REQUESTS] >= self.worker.limit:
-            self.worker.check_limits(numbers[REQUESTS])
+            self.worker.check_limits()
         return clear and keep
 
     def remember(self, connection, fields, environ):
@@ -3241,7 +3241,7 @@ class Worker:
         if config.max_requests:                         # not all workers at the same time
             delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
             self.most = config.max_requests + delta
-            self.limit = self.most // config.threads
+            self.limit = self.most if config.threads == 1 else 0        # with threads it takes a look each time
         if config.reload_on_rss or config.reload_on_as:
             self.limit = 0
         self.trusted = config.trust_proxy
@@ -3413,8 +3413,8 @@ class Worker:
             if not self.master:
                 self.on_stop(signal.SIGTERM, None)
 
-    def check_limits(self, requests):
-        """Between requests: is it time for a successor? How many requests until the next look."""
+    def check_limits(self):
+        """Between requests: is it time for a successor? From which number of requests on to look again."""
         config = self.config
         answered = sum(int(row.numbers[REQUESTS]) for row in self.rows)
         if answered >= self.most:
@@ -3426,8 +3426,9 @@ class Worker:
             for name, most, is_now in ('rss', config.reload_on_rss, rss), ('as', config.reload_on_as, size):
                 if most and is_now >= most:
                     self.leave(f'reload-on-{name} = {most}, it has {is_now} MB after {self.rows[0].request()}')
-        self.limit = requests + 1
-        return self.limit if not self.rows[0].numbers[LEAVING] else math.inf
+        if self.rows[0].numbers[LEAVING]:
+            self.limit = math.inf
+        return self.limit
 
     # -- HTTP connections; with threads, an event is for one thread only (EPOLLONESHOT)
 
