@@ -3640,11 +3640,14 @@ class Stopped(BaseException):
 class Signals:
     """The master's signals, as bytes in a pipe."""
 
-    def __init__(self):
+    def __init__(self, reloaded):
         self.fd, self.write = os.pipe()
         os.set_blocking(self.fd, False)
         os.set_blocking(self.write, False)
-        self.listen(self.while_starting)
+        if reloaded:                                    # there are workers to be stopped in order
+            self.from_now_on()
+        else:
+            self.listen(self.while_starting)
 
     def listen(self, handler):
         signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)
@@ -4350,12 +4353,18 @@ class Master:
             notify('READY=1\nSTATUS=the last reload failed, the old code is serving')
             return
         import json
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
+        with contextlib.suppress(BlockingIOError):
+            for number in self.signals.read():          # what came before that would be lost
+                self.on_signal(number)
+        if self.stopping:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            return
         state = {'sockets': [(listener.address, listener.protocol, listener.socket.fileno(), listener.inode)
                              for listener in self.listeners],
                  'workers': [(child.pid, child.number, child.lifeline, child.retire)
                              for child in self.children.values()],
                  'pidfile': self.pidfile and (self.pidfile.path, self.pidfile.fd), 'again': self.reload_wanted}
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
         for fd in (*(entry[2] for entry in state['sockets'] + state['workers']), *(state['pidfile'] or ())[1:]):
             os.set_inheritable(fd, True)
         with self.or_not_at_all(), self.start.as_then():
@@ -4725,7 +4734,7 @@ def bind_load_and_run(config, start, owned):
     state = inherited_state()
     reloaded = state['reloaded']
     go_where_the_log_is(config, start, reloaded)
-    signals = Signals()
+    signals = Signals(reloaded)
     application, stuck, hooks = None, False, offer_uwsgi_module(config)
     pidfile = Pidfile(*state['pidfile']) if state['pidfile'] else None
     try:

@@ -3586,6 +3586,20 @@ class TestReload:
         server.wait_for('^ready', 3)
 
 
+    def test_a_stop_when_the_new_code_is_found_good_is_heard(self, start):
+        """At the moment when the master is about to execute itself anew."""
+        for _ in range(4):
+            server = start(ini='vacuum = true\npidfile = p')
+            before = server.workers()
+            server.kill(signal.SIGHUP)
+            wait_until(lambda: server.workers() != before, 'the child that tries the new code')
+            while server.workers() not in (before, []):
+                pass
+            server.kill(signal.SIGTERM)
+            assert server.wait() == 0 and not any(alive(pid) for pid in before)
+            assert not os.path.exists(server.socket)
+
+
 class TestHarakiri:
     """A request that takes too long is broken off, and the log says where it was."""
 
