@@ -2938,6 +2938,7 @@ def test_a_broken_application_is_not_taken_by_a_reload(start, tmp, program):
                                   'perl': ('psgi', 'app.psgi', APP_PSGI, 'die "wont";')}[program]
     (tmp / name).write_text(text)
     server = start(ini=f'{option} = {name}')
+    assert server.ask().status == '200 OK'              # it has loaded the file
     (tmp / name).write_text(broken)
     server.kill(signal.SIGHUP)
     server.wait_for('reload: failed')
