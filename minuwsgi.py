@@ -484,6 +484,10 @@ def command_line(arguments):
     return lines + targets
 
 
+def is_secret(name):
+    return any(part in name.lower() for part in ('pass', 'secret', 'key', 'token', 'credential', 'dsn'))
+
+
 class Setting:
     """One line of the configuration, its fate, and what there is to say of it."""
 
@@ -496,9 +500,14 @@ class Setting:
         """uWSGI keeps a comment after a value as a part of it, which is never meant."""
         blank = f' {self.value} '.replace('\t', ' ')
         at = min(f'{blank};'.find(' ;'), f'{blank}#'.find(' #'))
-        if at < len(self.value):
+        if at < len(self.value) and not is_secret(self.name):
             self.warnings.append(f'{self.name}: a comment needs a line of its own, {self.value[at:]!r} is left out')
             self.value = self.value[:at].rstrip()
+
+    def told(self, texts):
+        """Texts about it, without a secret."""
+        secret = self.value and (self.name == 'env' or is_secret(self.name))
+        return [text.replace(self.value, '***') if secret else text for text in texts]
 
 
 def doubts(value):
@@ -530,14 +539,15 @@ class Config:
         for setting in sorted(self.settings, key=lambda setting: setting.where == COMMAND_LINE):    # it wins
             self.judge(setting)
             self.attempt(self.use, setting)
-        self.warnings = list(dict.fromkeys(f'{s.where}: {text}' for s in self.settings for text in s.warnings))
-        self.errors = list(dict.fromkeys(f'{s.where}: {text}' for s in self.settings for text in s.errors))
+        self.warnings = list(dict.fromkeys(f'{s.where}: {text}' for s in self.settings for text in s.told(s.warnings)))
+        self.errors = list(dict.fromkeys(f'{s.where}: {text}' for s in self.settings for text in s.told(s.errors)))
         if self.strict:
             self.errors += [f'{s.where}: {s.reason} (strict)' for s in self.settings if s.fate == 'unknown']
         files = [target.partition('file:')[2] for target in self.logger if 'file:' in target]
         self.logto = self.daemonize or self.logto or (files[-1] if files else None)
         if self.logto:
             self.logto = os.path.abspath(self.logto)    # before chdir, as in uWSGI
+        self.req_logger = [os.path.abspath(to.partition('file:')[2]) for to in self.req_logger if 'file:' in to]
 
     def attempt(self, action, setting, *rest):
         try:
@@ -710,20 +720,17 @@ class Config:
 
 def show_config(config):
     """Print each line of the configuration: its fate, name = value, where it stands, a remark. No secrets."""
-    def is_secret(name):
-        return any(part in name.lower() for part in ('pass', 'secret', 'key', 'token', 'credential', 'dsn'))
-
     variables = [item.partition('=')[::2] for item in config.env] + list(os.environ.items())
     variables += [(setting.name, setting.value) for setting in config.settings if setting.fate != 'used']
     secrets = [value.strip() for name, value in variables if is_secret(name) and len(value) > 5]
     sys.stdout.reconfigure(errors='backslashreplace')
     for setting in config.settings:
         value, (name, equals, _) = setting.value, setting.value.partition('=')
-        if equals and (setting.name == 'env' or setting.name.startswith('set') and is_secret(name)):
-            value = f'{name}=***'
+        if setting.name == 'env' or equals and setting.name.startswith('set') and is_secret(name):
+            value = f'{name}=***' if equals else '***'
         elif setting.fate != 'used' and is_secret(setting.name):
             value = '***'
-        remark = setting.reason or '; '.join(setting.warnings + setting.errors)
+        remark = setting.reason or '; '.join(setting.told(setting.warnings + setting.errors))
         line = f'{setting.fate:12}{setting.name} = {value}  ({setting.where})  {remark}'.rstrip()
         for secret in secrets:
             line = line.replace(secret, '***')
@@ -755,8 +762,9 @@ Commands:
 # 2. Log
 #
 # Everything goes to descriptor 2, which `logto` puts on a file. One line is one os.write(), so that
-# the lines of many processes don't mix. A log that can't be written (pipe closed, disk full) is no
-# reason to stop serving.
+# the lines of many processes don't mix. A log that can't be written (disk full, pipe closed, or full
+# because nobody reads it) is no reason to stop serving: lines are lost then, and counted. O_NONBLOCK
+# would hold for other programs that share the descriptor too; so we poll.
 
 EXIT_CONFIG = 1                         # a mistake in the configuration, an address that can't be bound
 EXIT_NO_APP = 22                        # the application can't be loaded; uWSGI's number
@@ -765,12 +773,101 @@ EXIT_NO_APP = 22                        # the application can't be loaded; uWSGI
 log_date = []                           # of the option log-date: the format of strftime(), or nothing
 
 
+def ready_within(fd, event, seconds):
+    """Does an event come to a descriptor within so many seconds? Hang-ups and errors are events always."""
+    poll = select.poll()
+    poll.register(fd, event)
+    return bool(poll.poll(seconds * 1000))
+
+
+def nowait_flag():
+    """RWF_NOWAIT where preadv() takes it for sockets (Linux 6.5), else 0. See preadv2(2).
+
+    With it, reading from a blocking socket fails instead of waiting: no call is needed to make each
+    connection non-blocking (-0.4 us)."""
+    a, b = socket.socketpair()
+    with a, b:
+        try:
+            os.preadv(a.fileno(), [bytearray(1)], -1, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return os.RWF_NOWAIT
+        except (OSError, AttributeError):
+            return 0
+
+
+NOWAIT = nowait_flag()
+
+
+def write_if_ready(fd, line):
+    """os.write() that doesn't wait, nearly: two processes may take the same room for theirs."""
+    if not ready_within(fd, select.POLLOUT, 0):
+        raise BlockingIOError
+    return os.write(fd, line[:select.PIPE_BUF])
+
+
+class Log(io.FileIO):
+    """A descriptor for lines, which holds nobody for longer than a second in ten. Lies under sys.stdout and
+    sys.stderr too: an application that prints should neither wait for the log nor fail with it."""
+
+    impatient_until = 0.0               # of all: one that is stuck is enough
+
+    def __init__(self, fd):
+        super().__init__(fd, 'w', closefd=False)
+        self.fd, self.lost = fd, 0
+        self.look()
+
+    def look(self):
+        """A file never makes us wait; of pipes and sockets the kernel can tell; else we ask first."""
+        if os.path.isfile(self.fd):
+            self.put = os.write
+        elif NOWAIT and not os.isatty(self.fd):
+            self.put = lambda fd, line: os.pwritev(fd, (line,), -1, NOWAIT)
+        else:
+            self.put = write_if_ready
+
+    def write(self, line):
+        left = line
+        try:
+            if self.lost:
+                left = b'\nlog: %d lines were lost here: it could not be written\n' % self.lost + bytes(line)
+            while left:
+                try:
+                    left = left[self.put(self.fd, left):]
+                except BlockingIOError:
+                    self.wait()
+            self.lost = 0
+        except OSError:
+            self.lost += 1
+        return len(line)
+
+    def wait(self):
+        if time.monotonic() < Log.impatient_until or not ready_within(self.fd, select.POLLOUT, 1):
+            Log.impatient_until = time.monotonic() + 10
+            raise BlockingIOError
+
+
+while (spare := os.open(os.devnull, os.O_RDWR)) < 3:    # closed at the start: no socket should take the log's place
+    pass
+os.close(spare)
+main_log = Log(2)
+
+
 def log(message):
     date = time.strftime(log_date[0]) + ' - ' if log_date else ''
-    try:
-        os.write(2, f'{date}{message}\n'.encode('utf-8', 'backslashreplace'))
-    except OSError:
-        pass
+    main_log.write(f'{date}{message}\n'.encode('utf-8', 'backslashreplace'))
+
+
+held_back = {}                          # cause -> [until when, how many]
+
+
+def log_now_and_then(cause, message):
+    """Log what anybody on the network can bring about: a line a second for each cause."""
+    entry, now = held_back.setdefault(cause, [0.0, 0]), time.monotonic()
+    if now < entry[0]:
+        entry[1] += 1
+    else:
+        log(message + (f' (and {entry[1]} more like it)' if entry[1] else ''))
+        entry[:] = now + 1, 0
 
 
 def log_exception(message):
@@ -779,11 +876,25 @@ def log_exception(message):
     log(f'{message}\n{traceback.format_exc().rstrip()}')
 
 
+def flush_streams():
+    for stream in sys.stdout, sys.stderr:
+        with contextlib.suppress(OSError, ValueError, AttributeError):          # an application may have closed them
+            stream.flush()
+
+
+def open_safely(name, flags, mode):
+    """A descriptor of a file, which is made if it isn't there. A link is followed if root or we have made it
+    (/dev/stdout is one): others could lead us to any file."""
+    link = os.path.islink(name)
+    if link and (maker := os.lstat(name).st_uid) not in (0, os.geteuid()):
+        raise OSError(errno.ELOOP, f'it is a link, made by the user {maker}; name the file itself')
+    return os.open(name, flags | os.O_CREAT | (0 if link else os.O_NOFOLLOW), mode)
+
+
 def open_to_append(name):
-    """A descriptor that writes to the end of a log; no link is followed to a file of somebody else's."""
-    follow = 0 if name.startswith('/dev/') else os.O_NOFOLLOW           # /dev/stdout is a link
+    """A descriptor that writes to the end of a log."""
     try:
-        return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND | follow, 0o640)
+        return open_safely(name, os.O_WRONLY | os.O_APPEND, 0o640)
     except OSError as error:
         raise ConfigError(f"can't write the log {name}: {error.strerror}") from None
 
@@ -794,6 +905,7 @@ def open_log(name):
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
+    main_log.look()
 
 
 def mtime(name):
@@ -924,6 +1036,10 @@ class Listener:
             raise ConfigError(f"can't bind {self.address}: {getattr(error, 'strerror', None) or error}") from None
         self.socket.listen(min(config.listen, LISTEN_MAX))
         self.host, _, self.port = self.name.rpartition(':') if self.path is None else ('localhost', '', '80')
+        if self.protocol == 'uwsgi' and self.socket.family != socket.AF_UNIX \
+                and not (self.socket.getsockname()[0] + '.').startswith(('127.', '::1.')):
+            log(f'warning: {self.name} believes whoever reaches it, as the uwsgi protocol has it (REMOTE_ADDR, '
+                'REMOTE_USER …): let a firewall admit the web server alone, or bind 127.0.0.1 or a path')
 
     def bind_unix(self, address, config):
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -941,10 +1057,10 @@ class Listener:
             self.socket.bind(self.path)
         finally:
             os.umask(before)
-        status = os.stat(self.path)
+        status = os.lstat(self.path)
         self.inode = status.st_dev, status.st_ino
-        if config.chown_socket or config.uid or config.gid:
-            os.chown(self.path, *owner(config.chown_socket or f'{config.uid or ""}:{config.gid or ""}'))
+        if config.chown_socket or config.uid or config.gid:             # of a link itself, if somebody put one there
+            os.lchown(self.path, *owner(config.chown_socket or f'{config.uid or ""}:{config.gid or ""}'))
 
     def bind_tcp(self, address):
         host, _, port = address.rpartition(':')
@@ -1028,6 +1144,7 @@ def unpack_vars(block):
 CONSTANT = frozenset(('DOCUMENT_ROOT', 'SERVER_PROTOCOL', 'REQUEST_SCHEME', 'SERVER_PORT', 'SERVER_NAME', 'HTTPS',
                       'SCRIPT_NAME', 'SERVER_SOFTWARE', 'GATEWAY_INTERFACE', 'UWSGI_SCHEME'))
 UNWANTED = frozenset(('HTTP_CONTENT_LENGTH', 'HTTP_CONTENT_TYPE'))      # PEP 3333: they have no HTTP_
+SCHEME = frozenset(('HTTPS', 'REQUEST_SCHEME', 'UWSGI_SCHEME'))
 UNPLANNED = UNWANTED | {'HTTP_TRANSFER_ENCODING'}
 
 
@@ -1061,6 +1178,8 @@ class Expected:
         number, constants = self.skipped.get(raw, (self.plan[-1], ()))
         for name in constants:
             environ.pop(name, None)
+            if name in self.base:                       # SCRIPT_NAME is always there
+                environ[name] = self.base[name]
         names, end = self.names, len(text)
         while at < end:
             middle = at + 2 + memory[at]
@@ -1109,6 +1228,9 @@ class Expected:
             at = after
         names = list(found)
         last = max((i for i, name in enumerate(names) if name not in CONSTANT), default=-1)
+        if not SCHEME.isdisjoint(names[last + 1:]):     # the template couldn't have its value
+            self.countdown = 0
+            return
         pieces, template, constants, begin, first = [], dict(self.base), [], 4, 0
         for i, (name, (value, after)) in enumerate(found.items()):
             if name in CONSTANT and i < last:
@@ -1151,7 +1273,7 @@ HEADER_KEYS = {}                        # a header's name as it was sent -> its 
 def header_key(name):
     """'User-Agent' -> 'HTTP_USER_AGENT'; '' where the header must not reach the application."""
     if not name or not TOKEN.issuperset(name):
-        raise BadRequest(f'{name[:100]!r} is no name of a header')
+        raise BadRequest(f'no name of a header: {name[:100]!r}')
     key = name.upper().replace('-', '_')
     if '_' in name or key == 'PROXY':
         key = ''                        # X_A would pass for X-A; HTTP_PROXY would steer the application's clients
@@ -1188,7 +1310,7 @@ def parse_first_line(line, environ):
     environ['REQUEST_METHOD'], environ['REQUEST_URI'] = method, target
     if protocol not in ('HTTP/1.1', 'HTTP/1.0'):
         other = len(protocol) == 8 and protocol[:5] == 'HTTP/' and protocol[6] == '.' and protocol[5::2].isdecimal()
-        raise BadRequest(f'protocol {protocol[:20]!r}',
+        raise BadRequest(f'the protocol {protocol[:20]!r}',
                          '505 HTTP Version Not Supported' if other else '400 Bad Request')
     environ['SERVER_PROTOCOL'] = protocol
     if '#' in target or '\t' in target:
@@ -1228,7 +1350,7 @@ def parse_head(head, environ):
     for line in lines:
         name, colon, value = line.partition(':')
         if not colon:
-            raise BadRequest(f'{line[:100]!r} is no header')
+            raise BadRequest(f'no header: {line[:100]!r}')
         key = HEADER_KEYS.get(name)
         if key is None:
             key = header_key(name)
@@ -1250,7 +1372,8 @@ def words(value):
 
 def keeps(environ):
     """May more requests follow on this connection?"""
-    wish = words(environ.get('HTTP_CONNECTION', ''))
+    wish = environ.get('HTTP_CONNECTION', '').lower()
+    wish = words(wish) if ',' in wish else (wish,)
     return 'close' not in wish and (environ['SERVER_PROTOCOL'] == 'HTTP/1.1' or 'keep-alive' in wish)
 
 
@@ -1319,31 +1442,6 @@ def client_address(environ, trusted):
 SMALL = 32768                           # so much always fits into an empty socket buffer: write() can't block
 IOV_MAX = 1024
 READ_MAX = 65536
-
-
-def nowait_flag():
-    """RWF_NOWAIT where preadv() takes it for sockets (Linux 6.5), else 0. See preadv2(2).
-
-    With it, reading from a blocking socket fails instead of waiting: no call is needed to make each
-    connection non-blocking (-0.4 us)."""
-    a, b = socket.socketpair()
-    with a, b:
-        try:
-            os.preadv(a.fileno(), [bytearray(1)], -1, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return os.RWF_NOWAIT
-        except (OSError, AttributeError):
-            return 0
-
-
-NOWAIT = nowait_flag()
-
-
-def ready_within(fd, event, seconds):
-    """Does an event come to a descriptor within so many seconds? Hang-ups and errors are events always."""
-    poll = select.poll()
-    poll.register(fd, event)
-    return bool(poll.poll(seconds * 1000))
 
 
 def wait_for(fd, event, deadline):
@@ -1421,13 +1519,13 @@ def send_file(fd, head, file, offset, count, seconds):
 
 
 def drain(fd):
-    """Take what the client still sends, for at most 64 MiB or 2 s of silence, so that it reads our
-    answer: closing with unread bytes would reset the connection, and nginx then answers 502."""
+    """Take what the client still sends, for at most 64 MiB, a minute or 2 s of silence, so that it reads
+    our answer: closing with unread bytes would reset the connection, and nginx then answers 502."""
     with socket.socket(fileno=os.dup(fd)) as connection:
         connection.shutdown(socket.SHUT_WR)
-    left = 1 << 26
+    left, until = 1 << 26, time.monotonic() + 60
     os.set_blocking(fd, False)
-    while left > 0:
+    while left > 0 and time.monotonic() < until:
         try:
             got = os.read(fd, READ_MAX)
         except BlockingIOError:
@@ -1467,12 +1565,16 @@ class EmptyInput:
         return iter(())
 
 
+BODY_RATE = 500                         # bytes a second: who sends less can't hold a worker for long
+
+
 class Body(io.RawIOBase):
     """A request body of known length: what came with the head, then what the connection brings.
     io.BufferedReader makes wsgi.input of it, and closes nothing."""
 
     def __init__(self, fd, begun, left, timeout):
         self.fd, self.begun, self.left, self.timeout = fd, begun, left, timeout
+        self.patience = timeout         # how long we would wait: what comes slower than BODY_RATE uses it up
         self.waited = lambda seconds: None              # is told how long the client let us wait
         self.wants_continue = False     # the client waits for 100 Continue before it sends
 
@@ -1497,8 +1599,10 @@ class Body(io.RawIOBase):
             self.wants_continue = False
             write_some(self.fd, [b'HTTP/1.1 100 Continue\r\n\r\n'])
         began = time.monotonic()
-        got = read_some(self.fd, into, began + self.timeout)
-        self.waited(time.monotonic() - began)
+        got = read_some(self.fd, into, began + self.patience)
+        waited = time.monotonic() - began
+        self.patience = min(self.timeout, self.patience - waited + got / BODY_RATE)
+        self.waited(waited)
         return got
 
     def behind(self):
@@ -1539,7 +1643,7 @@ class ChunkedBody(Body):
         size, semicolon, _ = self.line().partition(b';')
         size = size.rstrip(b' \t') if semicolon else size
         if not size or len(size) > 15 or size.strip(b'0123456789abcdefABCDEF'):
-            raise BadRequest(f'{size[:30]!r} is no size of a chunk')
+            raise BadRequest(f'no size of a chunk: {size[:30]!r}')
         self.chunk = int(size, 16)
         self.limit -= self.chunk
         if self.limit < 0:
@@ -1716,6 +1820,11 @@ class Response:
             head += b'Connection: keep-alive\r\n'
         return head + self.extra.encode('latin-1') + b'\r\n'
 
+    def is_complete(self):
+        """Is the head as start_response() made it all that has to be sent before a body of known length?"""
+        return not self.http or (self.http == 'HTTP/1.1' or not self.keep) and not (
+            self.has_date or self.has_server or self.body)
+
     def frame(self, chunks):
         """Hold chunks to the promised length; put the head and the sizes of chunks round them."""
         head = None if self.sent else self.take_head()
@@ -1749,6 +1858,23 @@ class Response:
             except BlockingIOError:
                 wait_for(self.fd, select.POLLOUT, time.monotonic() + self.timeout)
 
+    def send_small(self, body):
+        """Send head and whole body (bytes) by one write(); the job that is left, or None."""
+        self.sent, self.size, self.left = True, self.length, 0
+        data = self.head + body
+        if len(data) > SMALL:                           # because of the head
+            self.unblock()
+        try:
+            sent = os.write(self.fd, data)
+        except BlockingIOError:
+            sent = 0
+        except ConnectionError:
+            raise ClientGone(0, 'before the response') from None
+        if sent == len(data):
+            return None
+        self.unblock()
+        return run_a_while(self.fd, send_chunks(self.fd, [data[sent:]], self.patience))
+
     def finish(self, result):
         """Send what the application returned; the job that is left if the client doesn't keep up, else None."""
         job = None
@@ -1760,14 +1886,21 @@ class Response:
                 job = self.list_job([result] if kind is bytes else result)
             elif result is None:
                 raise TypeError('the application returned None: is a `return` missing?')
-            if job is None:
-                for chunk in result:
-                    self.write(chunk)
-                job = self.list_job([])
-            return run_a_while(self.fd, job)
+            return run_a_while(self.fd, job) if job else self.send_each(iter(result))
         finally:
             if hasattr(result, 'close'):
                 self.close_result(result)
+
+    def send_each(self, chunks):
+        """Send each chunk as soon as it is there; the job that is left, or None."""
+        job, first = None, next(chunks, None)
+        if type(first) is bytes and self.length == len(first) < SMALL and not self.sent and self.is_complete():
+            job = self.send_small(first)
+        elif first is not None:
+            self.write(first)
+        for chunk in chunks:
+            self.write(chunk)
+        return job if self.left == 0 and self.sent else run_a_while(self.fd, self.list_job([]))
 
     def close_result(self, result):
         try:
@@ -1991,9 +2124,9 @@ until IO.select([server, stop])[0].include? stop
                'rack.url_scheme' => env['HTTPS'] == 'on' ? 'https' : env['REQUEST_SCHEME'] || 'http')
     status, headers, body = app.call(env)
     lines = headers.flat_map do |key, text|                     # several values: lines in Rack 2, an array in Rack 3
-      [text].flatten.join("\n").lines.map { |line| "#{key}: #{line.delete "\r\n"}\r\n" }
+      [text].flatten.join("\n").lines.map { |line| "#{"#{key}: #{line}".delete "\r\n"}\r\n" }
     end
-    start = "HTTP/1.1 #{status} #{Rack::Utils::HTTP_STATUS_CODES[status.to_i]}\r\n#{lines.join}\r\n"
+    start = "HTTP/1.1 #{status.to_i} #{Rack::Utils::HTTP_STATUS_CODES[status.to_i]}\r\n#{lines.join}\r\n"
     send = ->(part) { head, start = start, ''; client.write(head, part) }
     body.respond_to?(:each) ? body.each(&send) : (send.(''); body.call(client)) if env['REQUEST_METHOD'] != 'HEAD'
     send.('') unless start.empty?
@@ -2033,8 +2166,8 @@ sub part {                                                      # send the head,
     while (length $data) { substr $data, 0, syswrite($client, $data) // ($!{EINTR} ? 0 : die \'the client left'), '' }
 }
 sub respond { my ($status, $headers, $body) = @{$_[0]};
-    my $head = "HTTP/1.1 $status " . (status_message($status) // '');
-    Plack::Util::header_iter($headers, sub { $head .= "\r\n$_[0]: " . $_[1] =~ tr/\r\n//dr });
+    my $head = sprintf 'HTTP/1.1 %d %s', $status, status_message(int $status) // '';
+    Plack::Util::header_iter($headers, sub { $head .= "\r\n" . "$_[0]: $_[1]" =~ tr/\r\n//dr });
     $start = "$head\r\n\r\n";
     Plack::Util::foreach($body, \&part) if $body;
     part('') if !$body || length $start;
@@ -2137,11 +2270,15 @@ def forbidden(file, root, helper, extensions):
     return None
 
 
+CGI_NAMES = ('HTTP', 'SERVER_', 'REMOTE_', 'REQUEST_', 'QUERY_', 'CONTENT_', 'DOCUMENT_', 'PATH_', 'SCRIPT_', 'AUTH_',
+             'SSL_CLIENT_')             # how names begin that a request may set, as with Apache's suexec
+
+
 def cgi_variables(environ, root, file, name, info):
-    """The environment of a CGI program: the server's own and the request's."""
+    """The environment of a CGI program: the server's own and the request's, but for LD_PRELOAD and the like."""
     variables = dict(os.environ)
     variables.update((key, value.encode('latin-1')) for key, value in environ.items()
-                     if type(value) is str and '.' not in key)
+                     if type(value) is str and key.startswith(CGI_NAMES))
     documents = variables.setdefault('DOCUMENT_ROOT', root.encode())
     variables.update(GATEWAY_INTERFACE='CGI/1.1', SERVER_SOFTWARE=f'minuwsgi/{__version__}', REDIRECT_STATUS='200',
                      SCRIPT_NAME=name, SCRIPT_FILENAME=file, PATH_INFO=info,
@@ -2299,26 +2436,30 @@ class Offloader:
 
     def __init__(self):
         self.inbox = collections.deque()                # (fd, (job, event, seconds), done)
-        self.thread = None
+        self.thread, self.poll = None, select.epoll()
+        self.wake_read, self.wake_write = os.pipe()
+        os.set_blocking(self.wake_read, False)
+        self.poll.register(self.wake_read, select.EPOLLIN)
         self.jobs = {}                                  # fd -> [job, event, deadline, done]
 
     def take(self, fd, waiting, done):
         """Run a job that run_a_while() returned to its end; then done(fd, ok) owns the descriptor."""
-        self.inbox.append((fd, waiting, done))
         if self.thread is None:
-            self.start()
-        os.write(self.wake_write, b'.')
+            try:
+                self.start()
+            except RuntimeError as error:               # no memory for a thread
+                log_now_and_then('offload', f'offload: {error}')
+                return done(fd, False)
+        self.inbox.append((fd, waiting, done))
+        return os.write(self.wake_write, b'.')
 
     def start(self):
         import threading
-        self.wake_read, self.wake_write = os.pipe()
-        os.set_blocking(self.wake_read, False)
-        self.thread = threading.Thread(target=self.run, name='offload', daemon=True)
-        self.thread.start()
+        thread = threading.Thread(target=self.run, name='offload', daemon=True)
+        thread.start()
+        self.thread = thread
 
     def run(self):
-        self.poll = select.epoll()
-        self.poll.register(self.wake_read, select.EPOLLIN)
         closing = False
         while self.jobs or not closing:
             for fd, _ in self.poll.poll(self.next_deadline()):
@@ -2348,7 +2489,7 @@ class Offloader:
             self.end(fd, True)
         except Exception as error:
             if not isinstance(error, (ConnectionError, ClientGone)):
-                log(f'offload: {error}')
+                log_now_and_then('offload', f'offload: {error}')
             self.end(fd, False)
         else:
             if event != entry[1]:
@@ -2391,6 +2532,7 @@ class Offloader:
 # A signal between Python's check and the system call would go unnoticed until the next connection,
 # which is why the master repeats it.
 
+STOP_SIGNALS = signal.SIGTERM, signal.SIGHUP, signal.SIGIO      # for a worker
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
            signal.SIGCHLD)
 
@@ -2436,14 +2578,22 @@ class Row:
 class Connection:
     """A client's connection over HTTP, between and during its requests."""
 
-    __slots__ = ('fd', 'environ', 'data', 'deadline', 'events', 'fields', 'again')
+    __slots__ = ('fd', 'template', 'address', 'data', 'deadline', 'events', 'blocking', 'fields', 'again', 'keeps')
 
-    def __init__(self, fd, environ, deadline):
-        self.fd, self.environ, self.deadline = fd, environ, deadline
+    def __init__(self, fd, template, address, deadline):
+        self.fd, self.template, self.address, self.deadline = fd, template, address, deadline
         self.data = b''                                 # read, but not yet used
+        self.blocking = True
         self.events = 0                                 # what the worker's epoll watches it for; 0: nothing
-        self.fields = None                              # of the last request, from HTTP/1.1 on: the bytes,
-        self.again = None                               # and what gives a new environ with them
+        self.fields = None                              # of the last GET, from HTTP/1.1 on: the bytes,
+        self.again = self.keeps = None                  # what gives a new environ with them, may others follow
+
+    def environ(self):
+        """The environ before the head is read."""
+        environ = self.template.copy()
+        if type(self.address) is tuple:
+            environ['REMOTE_ADDR'], environ['REMOTE_PORT'] = self.address[0], str(self.address[1])
+        return environ
 
 
 def hung_up(fd):
@@ -2488,13 +2638,6 @@ class Harakiri(BaseException):
     """Breaks a request off that took longer than the option harakiri allows."""
 
 
-# uWSGI's line for a request; Core.log_request() writes it in one piece, which is faster by 20 us.
-USUAL_LINE = (
-    '[pid: %(pid)|app: 0|req: %(wreq)/%(req)] %(addr) (%(user)) {%(vars) vars in %(pktsize) bytes} [%(ctime)] '
-    '%(method) %(uri) => generated %(rsize) bytes in %(msecs) msecs (%(proto) %(status)) %(headers) headers in '
-    '%(hsize) bytes (1 switches on core %(core))')
-
-
 class Core:
     """What serves one request at a time: a worker with one thread has one, others one for each thread."""
 
@@ -2505,8 +2648,9 @@ class Core:
         self.ready = []                                 # events that wait() has still to look at
         self.second, self.date, self.pid = 0, '', os.getpid()
         self.line_start, self.line_end = f'[pid: {self.pid}|app: 0|req: ', f'(1 switches on core {number})\n'
-        self.plain_log = not (self.config.disable_logging or self.config.log_format or self.config.log_x_forwarded_for)
         self.next_second, self.usual_end = 0.0, ''      # HTTP: when its headers change, what they are
+        self.closing_end, self.known = '', {}           # known: header lines -> (environ of them, keep-alive)
+        self.late = 0.0                                 # until then a client may have waited for too long
         self.template = {
             'REQUEST_METHOD': 'GET', 'SCRIPT_NAME': '', 'PATH_INFO': '', 'QUERY_STRING': '', 'SERVER_NAME': 'localhost',
             'SERVER_PORT': '80', 'SERVER_PROTOCOL': 'HTTP/1.1', 'wsgi.version': (1, 0), 'wsgi.url_scheme': 'http',
@@ -2515,17 +2659,20 @@ class Core:
             'wsgi.input_terminated': True, 'uwsgi.version': __version__.encode(),
             'uwsgi.node': os.uname().nodename.encode()}
         self.expected = Expected(self.template)
+        self.templates = {fd: dict(self.template, SERVER_NAME=listener.host, SERVER_PORT=listener.port, REMOTE_ADDR='',
+                                   REMOTE_PORT='') for fd, listener in worker.listeners.items()}
+        self.accepts = 0
 
     def serve(self, accept):
         """The hot path: connection after connection, until accept() fails because of a stop.
 
         What each request needs is a local variable; what is rare is in a method."""
-        preadv, write, close, clock, nowait = os.preadv, os.write, os.close, time.monotonic, NOWAIT
+        preadv, close, clock, nowait = os.preadv, os.close, time.monotonic, NOWAIT
         memory, packet, numbers = self.row.memory, [self.row.packet], self.row.numbers
         response, application, expected = self.response, self.application, self.expected
         start_response, logging = response.start_response, self.worker.logging
         start, start_end, started_environ, started_pieces, new_environ, all_pieces, planned = expected.plan
-        nothing, took, limit = self.template, 0.0, self.worker.limit
+        nothing, limit = self.template, self.worker.limit
         while True:
             try:
                 fd, _ = accept()
@@ -2535,10 +2682,11 @@ class Core:
                 continue
             numbers[STARTED] = began = clock()
             response.fd, response.status, response.length, response.blocking = fd, None, None, True
+            response.head_only = False
             job = body = None
             environ, variables = nothing, 0
             try:
-                if took > 0.1 and hung_up(fd):             # it waited behind a slow request, perhaps for too long
+                if began < self.late and hung_up(fd):   # it waited behind a slow request, perhaps for too long
                     raise ClientGone(0, 'before its turn')
                 if not nowait:
                     os.set_blocking(fd, False)
@@ -2571,9 +2719,7 @@ class Core:
                 if raw or at != end:                    # not what was expected
                     variables = expected.rest(environ, memory, text, at, raw)
                     start, start_end, started_environ, started_pieces, new_environ, all_pieces, planned = expected.plan
-                if simple:
-                    response.head_only = False
-                else:
+                if not simple:
                     response.head_only = environ['REQUEST_METHOD'] == 'HEAD'
                     if memory[0] == WSGI_STRIP:
                         strip_script_name(environ)
@@ -2583,15 +2729,7 @@ class Core:
                 result = application(environ, start_response)
                 if type(result) is list and len(result) == 1 and response.length == len(result[0]) < SMALL \
                         and not response.sent:
-                    response.sent = True
-                    response.size = response.length
-                    data = response.head + result[0]
-                    try:
-                        sent = write(fd, data)
-                    except ConnectionError:
-                        raise ClientGone(0, 'before the response') from None
-                    if sent < len(data):
-                        response.send([data[sent:]])
+                    job = response.send_small(result[0])
                 else:
                     job = response.finish(result)
             except BaseException as error:
@@ -2602,6 +2740,8 @@ class Core:
                 self.let_go(fd, job, body, close_after)
             ended = clock()
             took = ended - began
+            if took > 0.1:
+                self.late = ended + 10 * took           # those who wait now have their turn before that
             requests = numbers[REQUESTS] + 1
             numbers[REQUESTS] = requests
             numbers[BUSY] += took
@@ -2610,7 +2750,7 @@ class Core:
             response.sent = False
             numbers[STARTED] = 0.0
             if requests >= limit:
-                limit = self.worker.check_limits(requests)
+                limit = self.worker.check_limits()
 
     # -- what is rare
 
@@ -2625,7 +2765,8 @@ class Core:
                 error.errno = error.errno if got else 0         # a connection that was only tried is no error
                 raise
         if packet[0] == PING:
-            os.write(fd, PONG)
+            with contextlib.suppress(OSError):          # it may not wait for it
+                os.write(fd, PONG)
             raise ClientGone(0, 'a ping')
         if packet[0] not in (WSGI, WSGI_STRIP) and not (packet[0] == CGI and self.config.cgi):
             if bytes(packet[:3]).isalpha():
@@ -2661,18 +2802,19 @@ class Core:
 
     def failed(self, error):
         """The one place where the exceptions of a request end."""
+        self.worker.end_child(error)
         response, numbers = self.response, self.row.numbers
         if isinstance(error, ClientGone):
-            response.status, response.size = '499', response.size if response.sent else 0
+            response.status, response.size, response.keep = '499', response.size if response.sent else 0, False
             if error.errno:
-                log(f'{self.row.request()}: {error.strerror}')
+                log_now_and_then(error.strerror, f'{self.row.request()}: {error.strerror}')
             if response.sent:
                 response.ending = 'cut'
             return
         numbers[ERRORS] += 1
         if isinstance(error, BadRequest) and not response.sent:
             status, why, response.ending = error.status, str(error), 'drain'
-            log(f'bad request: {why}')
+            log_now_and_then(why[:12], f'bad request: {why}')          # a cause begins with its own words
         else:
             status, why = '500 Internal Server Error', ''
             log_exception(f'{self.row.request()}: the application failed')
@@ -2685,8 +2827,7 @@ class Core:
             return
         answer = plain_answer(status, why, response.date.decode() if response.http else '')
         response.status, response.sent, response.keep = status, True, False
-        response.head, response.headers, response.size = answer[:answer.index(b'\r\n\r\n') + 4], (1, 2,
-            3), len(status) + 1
+        response.head, response.headers, response.size = answer[:answer.index(b'\r\n\r\n') + 4], 3, len(status) + 1
         try:
             os.write(response.fd, response.head if response.head_only else answer)
         except OSError:
@@ -2711,57 +2852,53 @@ class Core:
         """A line in uWSGI's format, byte for byte, or in that of log-format."""
         if ended >= self.next_second:
             self.tell_time()
-        response, get, total, took = self.response, environ.get, self.worker.total, ended - began
+        response, config, get, total = self.response, self.config, environ.get, self.worker.total
         total[0] += 1
-        status, head, headers = (response.status or '500')[:3], response.head, response.headers
+        took, status, head, headers = ended - began, (response.status or '500')[:3], response.head, response.headers
+        if config.disable_logging and not self.worth_a_line(status, took * 1000):
+            return
         if not response.sent:
             head, headers = b'', 0
-        if self.plain_log:
-            line = (f"{self.line_start}{requests:.0f}/{total[0]}] {get('REMOTE_ADDR', '')} ({get('REMOTE_USER', '')}) "
+        address = config.log_x_forwarded_for and get('HTTP_X_FORWARDED_FOR') or get('REMOTE_ADDR', '')
+        if config.log_format:
+            line = self.formatted(environ, status, took, {
+                'addr': address, 'headers': headers, 'hsize': len(head), 'size': len(head) + response.size,
+                'vars': 2 * variables, 'pktsize': size})
+        else:
+            line = (f"{self.line_start}{requests:.0f}/{total[0]}] {address} ({get('REMOTE_USER', '')}) "
                     f"{{{2 * variables} vars in {size} bytes}} [{self.date}] {get('REQUEST_METHOD', '')} "
                     f"{get('REQUEST_URI', '')} => generated {response.size} bytes in {int(took * 1000)} msecs "
                     f"({get('SERVER_PROTOCOL', '')} {status}) {headers} headers in {len(head)} bytes {self.line_end}")
-        elif self.worth_a_line(status, took * 1000):
-            address = get('HTTP_X_FORWARDED_FOR') if self.config.log_x_forwarded_for else None
-            line = self.formatted(environ, status, took, address or get('REMOTE_ADDR', ''), {
-                'headers': headers, 'hsize': len(head), 'size': len(head) + response.size, 'vars': 2 * variables,
-                'pktsize': size})
-        else:
-            return
-        try:
-            os.write(self.worker.log_fd, line.encode('latin-1', 'backslashreplace'))
-        except OSError:
-            pass
+        self.worker.request_log.write(line.encode('latin-1', 'backslashreplace'))
 
     def worth_a_line(self, status, milliseconds):
         """With disable-logging, some requests are logged all the same."""
         config, size = self.config, self.response.size
-        return (not config.disable_logging or config.log_4xx and status[0] == '4' or config.log_5xx and status[0] == '5'
+        return (config.log_4xx and status[0] == '4' or config.log_5xx and status[0] == '5'
                 or config.log_slow and milliseconds >= config.log_slow or config.log_zero and not size
                 or config.log_big and size >= config.log_big)
 
-    def formatted(self, environ, status, took, address, values):
+    def formatted(self, environ, status, took, values):
         """The line of log-format: %(name) of uWSGI's names, %(var.NAME) of the environ; '-' for what isn't there."""
-        now, missing = time.time(), '-' if self.config.log_format else ''
-        zone = time.strftime('%z', time.localtime(now))
+        now = time.time()
+        local = time.strftime('%d/%b/%Y:%H:%M:%S %z', time.localtime(now))
         values.update({
             'uri': environ.get('REQUEST_URI'), 'method': environ.get('REQUEST_METHOD'),
-            'user': environ.get('REMOTE_USER'), 'addr': address, 'host': environ.get('HTTP_HOST'),
+            'user': environ.get('REMOTE_USER'), 'host': environ.get('HTTP_HOST'),
             'proto': environ.get('SERVER_PROTOCOL'),
             'uagent': environ.get('HTTP_USER_AGENT'), 'referer': environ.get('HTTP_REFERER'), 'status': status,
             'rsize': self.response.size, 'cl': environ.get('CONTENT_LENGTH') or 0, 'micros': int(took * 1e6),
             'msecs': int(took * 1e3), 'secs': f'{took:.6f}', 'tmsecs': int((now - took) * 1e3),
             'tmicros': int((now - took) * 1e6), 'time': int(now - took), 'epoch': int(now), 'ctime': self.date,
-            'ltime': time.strftime('%d/%b/%Y:%H:%M:%S ', time.localtime(now)) + zone,
-            'ftime': time.strftime('%d/%b/%Y:%H:%M:%S ', time.localtime(now)) + zone, 'pid': self.pid,
+            'ltime': local, 'ftime': local, 'pid': self.pid,
             'wid': self.worker.number, 'req': self.worker.total[0],
             'wreq': int(self.row.numbers[REQUESTS]), 'core': self.number, 'switches': 1, 'modifier1': 0,
             'modifier2': 0})
 
         def fill(name):
             value = environ.get(name[4:]) if name[:4] == 'var.' else values.get(name)
-            return missing if value in (None, '') else str(value).replace('\n', '\\n')
-        return substitute('%(', self.config.log_format or USUAL_LINE, fill) + '\n'
+            return '-' if value in (None, '') else str(value).replace('\n', '\\n')
+        return substitute('%(', self.config.log_format, fill) + '\n'
 
     def tell_time(self):
         """Bring the texts of the time up to date; strftime() would heed the locale."""
@@ -2774,6 +2911,7 @@ class Core:
             day = utc[8:10].replace(' ', '0')
             date = f'Date: {utc[:3]}, {day} {utc[4:7]} {utc[20:]} {utc[11:19]} GMT\r\n'
             self.response.date, self.usual_end = date.encode(), f'{date}Server: minuwsgi\r\n{self.response.extra}\r\n'
+            self.closing_end = f'Connection: close\r\n{self.usual_end}'
 
     # -- several listeners, HTTP, threads
 
@@ -2783,6 +2921,7 @@ class Core:
         worker, connections, clock = self.worker, self.worker.connections, time.monotonic
         claim, poll = connections.pop, worker.poll.poll         # whoever has claimed a connection, alone uses it
         most = 1 if self.config.threads > 1 else 64     # threads must not hoard what others could do
+        patience = self.config.http_timeout
         while True:
             busy = False
             while self.ready:
@@ -2803,18 +2942,23 @@ class Core:
                 except BlockingIOError:                 # another worker was faster
                     worker.undrained.discard(fd)
                     continue
+                self.accepts += 1
+                if self.accepts % 16:                   # another one may wait: without epoll_wait(), -1 us
+                    self.ready.insert(0, (fd, 0))
                 if listener.protocol == 'uwsgi':
                     return new, address
-                self.serve_http(worker.new_connection(new, listener, address, self.template))
+                self.serve_http(Connection(new, self.templates[fd], address, clock() + patience))
             if worker.stopping or clock() >= worker.next_look:
                 worker.look_at_time(busy)
             self.ready = [(fd, 0) for fd in list(worker.undrained)] or poll(1 if connections else None, most)
 
     def serve_http(self, connection):
         """Read what came, and answer each request whose head is whole."""
-        data = connection.data
+        data, memory, new = connection.data, self.row.memory, b''
+        if not NOWAIT:
+            self.worker.unblock(connection)
         try:
-            new = os.read(connection.fd, READ_MAX)
+            new = memory[:os.preadv(connection.fd, [self.row.packet], -1, NOWAIT)]
         except BlockingIOError:                         # nothing, but a request may have come with an earlier one
             if not data:
                 return self.worker.park(connection)
@@ -2833,9 +2977,12 @@ class Core:
             end = data.find(b'\r\n\r\n')
             if end < 0 and len(data) <= HEAD_MAX and not hopeless(data):
                 break
+            if data is not new:                         # else the row has it
+                memory[:512] = data[:512].ljust(512)
             if not self.http_request(connection, data, end):
                 return None
             data = connection.data
+            self.worker.unblock(connection)             # from the second response on, write() might wait
         connection.data = data
         return self.worker.park(connection)
 
@@ -2843,19 +2990,21 @@ class Core:
         """Answer one request; False when the connection isn't ours any more."""
         fd, response, numbers = connection.fd, self.response, self.row.numbers
         numbers[STARTED] = began = time.monotonic()
-        first = data[:512]
-        self.row.memory[:len(first)] = first
         if began >= self.next_second:
             self.tell_time()
         job = body = None
         response.fd, response.status, response.length = fd, None, None
-        response.blocking = response.head_only = False
+        response.blocking, response.head_only = connection.blocking, False
         response.http, response.end, response.keep = 'HTTP/1.1', self.usual_end, not self.worker.stopping
         response.has_date = response.has_server = False
         try:
-            # A client mostly sends the same header lines again: then only the target is read, -4 us of 17.
+            if began < self.late and hung_up(fd):
+                raise ClientGone(0, 'before its turn')
+            # Clients mostly send the same header lines again: then only the target is read, -4 us of 17.
             line_end = data.find(b'\r\n') - 9           # where ' HTTP/1.1' begins
-            usual = data[line_end:end] == connection.fields and data[:5] == b'GET /' and response.keep
+            fields = data[line_end:end]
+            usual = end > 0 and data[:5] == b'GET /' and (
+                fields == connection.fields or self.recall(connection, fields))
             if usual:
                 target = data[4:line_end].decode('latin-1')
                 path, _, query = target.partition('?')
@@ -2867,28 +3016,15 @@ class Core:
                 environ['PATH_INFO'] = path
                 environ['QUERY_STRING'] = query
                 connection.data = data[end + 4:]
+                if not (response.keep and connection.keeps):
+                    response.keep, response.end = False, self.closing_end
             else:
-                environ = connection.environ.copy()
+                environ = connection.environ()
                 body = self.open_request(connection, environ, data, end)
             result = self.application(environ, response.start_response)
-            if usual and type(result) is list and len(result) == 1 and response.length == len(result[0]) < SMALL \
-                    and not (response.sent or response.has_date or response.has_server):
-                response.sent = True
-                response.size = response.length
-                answer = response.head + result[0]
-                try:
-                    sent = os.write(fd, answer)
-                except BlockingIOError:
-                    sent = 0
-                except ConnectionError:
-                    raise ClientGone(0, 'before the response') from None
-                if sent < len(answer):
-                    job = run_a_while(fd, send_chunks(fd, [answer[sent:]], response.patience))
-            elif type(result) is list and len(result) == 1 and response.length == len(result[0]) < SMALL \
-                    and not response.sent:
-                answer = response.take_head() + result[0]
-                response.size = response.length
-                response.send([answer])
+            if type(result) is list and len(result) == 1 and response.length == len(result[0]) < SMALL \
+                    and not response.sent and response.is_complete():
+                job = response.send_small(result[0])
             else:
                 job = response.finish(result)
         except BaseException as error:
@@ -2909,16 +3045,33 @@ class Core:
             connection.deadline = now + (self.config.socket_timeout if connection.data else self.config.http_timeout)
         numbers[REQUESTS] += 1
         numbers[BUSY] += now - began
+        if now - began > 0.1:
+            self.late = now + 10 * (now - began)
         if self.worker.logging:
-            variables = len(environ) - len(connection.environ)
+            variables = len(environ) - len(connection.template)
             self.log_request(environ, variables, max(end, 0) + 4, numbers[REQUESTS], began, now)
         response.sent, response.size, response.http, response.chunked = False, 0, False, False
         response.end = response.extra + '\r\n'
         response.body = None
         numbers[STARTED] = 0.0
         if numbers[REQUESTS] >= self.worker.limit:
-            self.worker.check_limits(numbers[REQUESTS])
+            self.worker.check_limits()
         return clear and keep
+
+    def remember(self, connection, fields, environ):
+        """Keep what these bytes gave: for the connection, and for others of such clients."""
+        connection.fields, connection.again, connection.keeps = fields, environ.copy().copy, self.response.keep
+        if len(fields) < 4096 and not self.worker.trusted:
+            if len(self.known) > 100:
+                self.known.clear()
+            self.known[fields] = {name: environ[name] for name in environ if name[:5] == 'HTTP_'}, self.response.keep
+
+    def recall(self, connection, fields):
+        """Did another connection send the same header lines? Then this one is as if it had sent them before."""
+        headers, connection.keeps = self.known.get(fields, (None, False))
+        if headers is not None:
+            connection.fields, connection.again = fields, {**connection.environ(), **headers}.copy
+        return headers is not None
 
     def open_request(self, connection, environ, data, end):
         """Read a head into environ and prepare the response; the Body, unless all of it is here."""
@@ -2928,14 +3081,14 @@ class Core:
             raise BadRequest(*hopeless(data) or ('the head is too long', '431 Request Header Fields Too Large'))
         parse_head(data[:end], environ)
         response.http = environ['SERVER_PROTOCOL']
-        response.keep = response.keep and keeps(environ)
+        if not (response.keep and keeps(environ)):
+            response.keep, response.end = False, self.closing_end
         if self.worker.trusted and self.worker.trusts(environ['REMOTE_ADDR']):
             client_address(environ, self.worker.trusted)
         connection.data = data[end + 4:]
         if 'CONTENT_LENGTH' not in environ and 'HTTP_TRANSFER_ENCODING' not in environ:
-            if response.keep and response.http == 'HTTP/1.1' and environ['REQUEST_METHOD'] == 'GET' \
-                    and environ['REQUEST_URI'][0] == '/':
-                connection.fields, connection.again = data[data.find(b'\r\n') - 9:end], environ.copy().copy
+            if response.http == 'HTTP/1.1' and environ['REQUEST_METHOD'] == 'GET' and environ['REQUEST_URI'][0] == '/':
+                self.remember(connection, data[data.find(b'\r\n') - 9:end], environ)
             return None
         rest, connection.data = connection.data, b''
         body = response.body = self.open_body(environ, response.fd, rest)
@@ -2952,6 +3105,7 @@ class Worker:
     def __init__(self, config, listeners, application, rows, total, number, master):
         self.config, self.application, self.rows, self.total = config, application, rows, total
         self.number, self.master = number, master       # master: its pid, or None without one
+        self.pid = os.getpid()
         self.listeners = {listener.socket.fileno(): listener for listener in listeners}
         self.connections = {}                           # HTTP: descriptor -> Connection that waits; who serves
                                                         # one has taken it out, so that nobody else closes it
@@ -2967,15 +3121,14 @@ class Worker:
         os.close(other_end)
         self.logging = not config.disable_logging or any((
             config.log_4xx, config.log_5xx, config.log_slow, config.log_zero, config.log_big))
-        self.log_fd = 2
-        for target in config.req_logger:
-            if 'file:' in target:
-                self.log_fd = open_to_append(target.partition('file:')[2])
+        self.request_log = main_log
+        for name in config.req_logger:
+            self.request_log = Log(open_to_append(name))
         self.limit = self.most = math.inf               # requests until check_limits(), until we leave
         if config.max_requests:                         # not all workers at the same time
             delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
             self.most = config.max_requests + delta
-            self.limit = self.most // config.threads
+            self.limit = self.most if config.threads == 1 else 0        # with threads it takes a look each time
         if config.reload_on_rss or config.reload_on_as:
             self.limit = 0
         self.trusted = config.trust_proxy
@@ -2988,6 +3141,8 @@ class Worker:
     def run(self):
         """Serve until told to stop."""
         cores = [Core(self, i) for i in range(self.config.threads)]
+        os.register_at_fork(before=lambda: self.before_fork(cores), after_in_child=self.in_forked_child,
+                            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS))
         listener, *others = self.listeners.values()
         if others or len(cores) > 1 or listener.protocol != 'uwsgi':
             accept = cores[0].wait
@@ -3015,15 +3170,17 @@ class Worker:
     def handle_signals(self):
         """INT comes from a terminal to the whole group, and the master decides: nothing is done. QUIT kills."""
         import faulthandler
-        for number in SIGNALS:
+        for number in (*SIGNALS, signal.SIGALRM):
+            faulthandler.unregister(number)             # when it is called again
             signal.signal(number, signal.SIG_DFL if number == signal.SIGQUIT else lambda *_: None)
-        for number in signal.SIGTERM, signal.SIGHUP, signal.SIGIO:
+        for number in STOP_SIGNALS:
             signal.signal(number, self.on_stop)
         signal.signal(signal.SIGUSR1, lambda *_: reopen_log(self.config))
         signal.signal(signal.SIGUSR2, self.tell_state)
         signal.signal(signal.SIGALRM, self.on_harakiri)
         for number in signal.SIGUSR2, signal.SIGALRM:   # the stacks come first, and even if Python hangs in C
             faulthandler.register(number, file=2, chain=True)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def watch_modules(self):
         """py-autoreload: a thread of the first worker that asks for a reload when a module's file changes."""
@@ -3067,31 +3224,60 @@ class Worker:
         """SIGTERM: everything ends, serve what waits. SIGHUP, SIGIO (the master died): others serve it."""
         if self.stopping:                               # the master repeats it, to interrupt accept()
             return
-        self.stopping = True
+        self.stopping, self.rows[0].numbers[LEAVING] = True, 2          # 2: the master sees that it was heard
         self.closing_at = time.monotonic() + 1
         if self.poll is not None:
             os.write(self.stop_write, b'.')
         for fd, listener in self.listeners.items():
             if self.poll is None:
                 if number == signal.SIGTERM:
-                    self.waiting = listener.socket.dup()
-                    self.waiting.setblocking(False)     # for all that share it: they stop too
+                    with contextlib.suppress(OSError):          # no descriptor is left
+                        self.waiting = listener.socket.dup()
+                        self.waiting.setblocking(False)         # for all that share it: they stop too
                 os.dup2(self.dead_end, fd, inheritable=False)
             else:
                 self.unwatch(fd)
         if self.poll is not None and number == signal.SIGTERM:
             self.undrained = set(self.listeners)        # wait() accepts from them until nobody waits any more
 
+    def before_fork(self, cores):
+        """The application forks: note what its child inherits. Signals wait: Python loses one that comes too early."""
+        busy = [core.response for core in cores if core.row.numbers[STARTED]]
+        self.inherited = [response.fd for response in busy if hasattr(response, 'fd')]
+        self.inherited += [*self.listeners, *self.connections, *(fd for one in self.offloaders for fd in [*one.jobs])]
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+    def in_forked_child(self):
+        """This is no worker. What was ours becomes a dead end: no client waits for this process, and it can answer
+        none; and signals do what is expected of them (multiprocessing's terminate())."""
+        for fd in self.inherited:
+            os.dup2(self.dead_end, fd, inheritable=False)
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+    def end_child(self, error):
+        """It came back to us, instead of ending itself."""
+        if os.getpid() != self.pid:
+            if not isinstance(error, SystemExit):
+                log(f'a process that the application forked came back from its request, and is ended: {error!r}; it '
+                    'should call os._exit(), or be made by subprocess')
+            flush_streams()
+            os._exit(1)
+
     def must_stop(self, error):
         """After a failed accept(): is it because of a stop? Otherwise wait until it may go better."""
+        self.end_child(error)
         if self.stopping:
             return True
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-            log(f'worker {self.number}: accept: {error.strerror}')
+            log_now_and_then('accept', f'worker {self.number}: accept: {error.strerror}')
             idle = sorted(connection.deadline for connection in list(self.connections.values()) if not connection.data)
             if idle:                                    # make room: a part of those that are silent the longest
                 self.close_connections(lambda c: not c.data and c.deadline <= idle[len(idle) // 4])
             else:
+                if error.errno == errno.EMFILE and not (self.connections or any(one.jobs for one in self.offloaders)):
+                    self.leave('the application holds all descriptors')
                 time.sleep(0.1)
         elif error.errno == errno.EAGAIN:               # workers with several sockets made it non-blocking
             select.select(list(self.listeners), [], [])
@@ -3114,20 +3300,22 @@ class Worker:
             if not self.master:
                 self.on_stop(signal.SIGTERM, None)
 
-    def check_limits(self, requests):
-        """Between requests: is it time for a successor? How many requests until the next look."""
+    def check_limits(self):
+        """Between requests: is it time for a successor? From which number of requests on to look again."""
         config = self.config
         answered = sum(int(row.numbers[REQUESTS]) for row in self.rows)
         if answered >= self.most:
             self.leave(f'max-requests, it has answered {answered}')
         elif config.reload_on_rss or config.reload_on_as:
-            with open('/proc/self/statm') as file:
+            size = rss = 0                              # where there is no /proc
+            with contextlib.suppress(OSError), open('/proc/self/statm') as file:
                 size, rss = [int(pages) * mmap.PAGESIZE >> 20 for pages in file.read().split()[:2]]
             for name, most, is_now in ('rss', config.reload_on_rss, rss), ('as', config.reload_on_as, size):
                 if most and is_now >= most:
                     self.leave(f'reload-on-{name} = {most}, it has {is_now} MB after {self.rows[0].request()}')
-        self.limit = requests + 1
-        return self.limit if not self.rows[0].numbers[LEAVING] else math.inf
+        if self.rows[0].numbers[LEAVING]:
+            self.limit = math.inf
+        return self.limit
 
     # -- HTTP connections; with threads, an event is for one thread only (EPOLLONESHOT)
 
@@ -3141,22 +3329,21 @@ class Worker:
             self.poll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)      # wakes one process, not all
         self.one_shot = select.EPOLLONESHOT if self.config.threads > 1 else 0
 
-    def new_connection(self, fd, listener, address, template):
-        os.set_blocking(fd, False)
-        environ = dict(template, SERVER_NAME=listener.host, SERVER_PORT=listener.port, REMOTE_ADDR='', REMOTE_PORT='')
-        if type(address) is tuple:
-            environ.update(REMOTE_ADDR=address[0], REMOTE_PORT=str(address[1]))
-        return Connection(fd, environ, time.monotonic() + self.config.http_timeout)
-
     def park(self, connection, events=select.EPOLLIN):
         """Wait for more from the client without a thread that waits, until connection.deadline."""
         fd = connection.fd
+        self.unblock(connection)
         self.connections[fd] = connection               # first: the event may come to another thread at once
         if connection.events != events:
             known, connection.events = connection.events, events
             (self.poll.modify if known else self.poll.register)(fd, events | self.one_shot)
         elif self.one_shot:
             self.poll.modify(fd, events | self.one_shot)
+
+    def unblock(self, connection):
+        if connection.blocking:
+            os.set_blocking(connection.fd, False)
+            connection.blocking = False
 
     def forget(self, connection):
         os.close(connection.fd)                         # epoll forgets it too
@@ -3340,13 +3527,19 @@ class Stopped(BaseException):
 class Signals:
     """The master's signals, as bytes in a pipe."""
 
-    def __init__(self):
+    def __init__(self, reloaded):
         self.fd, self.write = os.pipe()
         os.set_blocking(self.fd, False)
         os.set_blocking(self.write, False)
+        if reloaded:                                    # there are workers to be stopped in order
+            self.from_now_on()
+        else:
+            self.listen(self.while_starting)
+
+    def listen(self, handler):
         signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)
         for number in SIGNALS:
-            signal.signal(number, self.while_starting)
+            signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # they are blocked over the exec of a reload
 
     def while_starting(self, number, _):
@@ -3354,9 +3547,8 @@ class Signals:
             raise Stopped
 
     def from_now_on(self):
-        """The application is loaded: nothing is interrupted any more."""
-        for number in SIGNALS:
-            signal.signal(number, lambda *_: None)
+        """The application is loaded, and may have changed all this (asyncio does): nothing is interrupted any more."""
+        self.listen(lambda *_: None)
 
     def read(self):
         return os.read(self.fd, 4096)
@@ -3377,11 +3569,11 @@ class Notify:
 
     def __call__(self, text):
         if self.address:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
-                try:
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
                     connection.sendto(text.encode(), self.address.replace('@', '\0', 1))
-                except OSError as error:
-                    log(f'NOTIFY_SOCKET: {error.strerror}')
+            except OSError as error:
+                log(f'NOTIFY_SOCKET: {error.strerror}')
 
     def watch(self):
         if self.watchdog and time.monotonic() - self.last >= self.watchdog - 0.5:
@@ -3487,7 +3679,7 @@ class Stats:
                 client.settimeout(0.5)                  # a slow one must not hold the master
                 client.sendall(answer)
         except OSError:
-            pass
+            time.sleep(0.01)                            # perhaps no descriptor is left, and it stays readable
 
     def over_http(self, path):
         status, kind, body = '200 OK', 'application/json', b''
@@ -3618,6 +3810,10 @@ class Child:
         """The rows of the cores that are serving."""
         return [row for row in self.rows or () if row.numbers[STARTED]]
 
+    def is_deaf(self):
+        """Idle, and yet it hasn't noticed that it was told to stop? One of another language can't say."""
+        return self.retire == signal.SIGHUP and self.rows and self.rows[0].numbers[LEAVING] != 2 and not self.busy()
+
     def doing(self, now):
         """'GET /path for 41 ms', or '' when it is idle."""
         return ', '.join(f'{row.request()} for {(now - row.numbers[STARTED]) * 1000:.0f} ms' for row in self.busy())
@@ -3639,18 +3835,27 @@ def load_or_log(config):
     return None
 
 
-def finish_process():
-    """The end of a worker: its threads and atexit functions, but not the interpreter's own
+def watch_the_end(threading, mercy, code):
+    """In a thread: say which others keep a process from ending, and end it if they never do."""
+    time.sleep(min(1, mercy / 2))
+    names = [repr(one.name) for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
+    log(f'pid {os.getpid()} has {mercy} s to end, and waits for '
+        + (f'the thread {", ".join(names)}; with daemon=True it would not' if names else 'a function of atexit'))
+    time.sleep(mercy)
+    os._exit(code)
+
+
+def finish_process(mercy, code=0):
+    """The end of a process: its threads and atexit functions, but not the interpreter's own
     dismantling, which would touch, and so copy, every page that is shared with the master."""
     import atexit
-    if 'threading' in sys.modules:
-        sys.modules['threading']._shutdown()
+    threading = sys.modules.get('threading')
+    if threading:
+        threading.Thread(target=watch_the_end, args=(threading, mercy, code), daemon=True).start()
+        threading._shutdown()
     atexit._run_exitfuncs()
-    for stream in sys.stdout, sys.stderr:
-        try:
-            stream.flush()
-        except (OSError, ValueError):
-            pass
+    flush_streams()
+    return code
 
 
 class Master:
@@ -3715,7 +3920,8 @@ class Master:
         elif number in (signal.SIGUSR1, signal.SIGUSR2):
             if number == signal.SIGUSR1:
                 reopen_log(self.config)
-            self.tell_all(number)
+            if number == signal.SIGUSR1 or ready_within(2, select.POLLOUT, 0):      # a full log would hold the workers
+                self.tell_all(number)
 
     def stop(self):
         self.stopping += 1
@@ -3787,6 +3993,9 @@ class Master:
                 os.kill(child.pid, signal.SIGKILL)
             elif now >= child.stop_at:
                 self.tell_to_stop(child, child.stop_with)
+                if now > child.kill_at - self.config.worker_reload_mercy + 2 and child.is_deaf():
+                    child.kill_at, child.why_killed = now, 'it is idle, and heeds no signal: did the application ' \
+                        'set a handler of its own?'
             elif self.config.harakiri and child.kill_at == math.inf:
                 since = min((row.numbers[STARTED] for row in child.busy()), default=math.inf)
                 if now >= since + self.config.harakiri:         # it has a second to tell where it is
@@ -3891,16 +4100,15 @@ class Master:
         rows = self.free.pop()
         for row in rows:
             row.clear()
-        lifeline, hold = os.pipe()
-        master = os.getpid()
+        pipe, master = (), os.getpid()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        for stream in sys.stdout, sys.stderr:
-            stream.flush()
+        flush_streams()
         try:
+            pipe = lifeline, hold = os.pipe()
             pid = os.fork()
-        except OSError as error:                        # too many processes, no memory: later, perhaps
-            os.close(lifeline)
-            os.close(hold)
+        except OSError as error:                        # too many processes or descriptors, no memory: later, perhaps
+            for fd in pipe:
+                os.close(fd)
             self.free.append(rows)
             self.not_before = time.monotonic() + 1
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -3945,7 +4153,6 @@ class Master:
         worker.handle_signals()
         fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
         fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         if os.getppid() != master:                      # it died before the lifeline was set
             return 1
         if worker.application is None:
@@ -3954,9 +4161,9 @@ class Master:
                 return EXIT_NO_APP
         for hook in self.hooks:
             hook()
+        worker.handle_signals()                         # the application may have set others meanwhile
         worker.run()
-        finish_process()
-        return 0
+        return finish_process(self.config.worker_reload_mercy)
 
     def reap(self):
         """Take note of all children that ended; as pid 1 of a container there are strangers among them."""
@@ -4019,7 +4226,7 @@ class Master:
         self.reload_wanted = False
         log('reload: trying the new configuration and application')
         notify(f'RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}\nSTATUS=reloading')
-        with self.start.as_then(), self.or_not_at_all():
+        with self.or_not_at_all(), self.start.as_then():
             self.proof = os.posix_spawn(sys.executable, [*self.start.command, '--check'], self.start.environment,
                                         file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
                                         setsigmask=(), setsigdef=SIGNALS)
@@ -4033,15 +4240,21 @@ class Master:
             notify('READY=1\nSTATUS=the last reload failed, the old code is serving')
             return
         import json
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
+        with contextlib.suppress(BlockingIOError):
+            for number in self.signals.read():          # what came before that would be lost
+                self.on_signal(number)
+        if self.stopping:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            return
         state = {'sockets': [(listener.address, listener.protocol, listener.socket.fileno(), listener.inode)
                              for listener in self.listeners],
                  'workers': [(child.pid, child.number, child.lifeline, child.retire)
                              for child in self.children.values()],
                  'pidfile': self.pidfile and (self.pidfile.path, self.pidfile.fd), 'again': self.reload_wanted}
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
         for fd in (*(entry[2] for entry in state['sockets'] + state['workers']), *(state['pidfile'] or ())[1:]):
             os.set_inheritable(fd, True)
-        with self.start.as_then(), self.or_not_at_all():
+        with self.or_not_at_all(), self.start.as_then():
             os.execve(sys.executable, self.start.command, {**self.start.environment, RELOADED: json.dumps(state)})
 
     @contextlib.contextmanager
@@ -4056,7 +4269,6 @@ class Master:
     def adopt(self, workers):
         """After the exec: the workers of the old image are still our children."""
         for pid, number, lifeline, retire in workers:
-            os.set_inheritable(lifeline, False)
             self.children[pid] = Child(pid, number, None, lifeline, retire)
 
 
@@ -4282,16 +4494,17 @@ class Pidfile:
         import fcntl
         self.path = os.path.abspath(path)
         try:
-            self.fd = fd if fd is not None else os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+            self.fd = fd if fd is not None else open_safely(self.path, os.O_RDWR, 0o644)
             os.set_inheritable(self.fd, False)
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fd is None:
+                os.ftruncate(self.fd, 0)
+                os.pwrite(self.fd, b'%d\n' % os.getpid(), 0)
         except BlockingIOError:
             pid = os.pread(self.fd, 20, 0).decode().strip()
             raise ConfigError(f'pidfile = {path}: a server with the pid {pid} holds it; stop it first') from None
         except OSError as error:
             raise ConfigError(f"pidfile = {path}: can't write it: {error.strerror}") from None
-        os.ftruncate(self.fd, 0)
-        os.pwrite(self.fd, b'%d\n' % os.getpid(), 0)
 
     def close(self):
         os.close(self.fd)
@@ -4323,6 +4536,8 @@ def drop_privileges(config):
                 os.setgroups([])
         if uid >= 0:
             os.setuid(uid)
+    except KeyError:
+        raise ConfigError(f'uid = {config.uid}: nothing is known of this user, so set gid too') from None
     except OSError as error:
         raise ConfigError(f'uid, gid: {error.strerror}: only root can become another user') from None
     if uid > 0 and 0 in os.getresuid():
@@ -4344,9 +4559,8 @@ def serve_alone(config, listeners, application, pidfile, start):
     log('ready: this process serves, without a master')
     start.tell_parent()
     worker.run()
-    finish_process()
     vacuum(config, (*listeners, pidfile))
-    return 0
+    return finish_process(config.worker_reload_mercy)
 
 
 def inherited_state():
@@ -4355,7 +4569,10 @@ def inherited_state():
     if text is None:
         return {'reloaded': False, 'sockets': [], 'workers': [], 'pidfile': None, 'again': False}
     import json
-    return {'reloaded': True, **json.loads(text)}
+    state = json.loads(text)
+    for _, _, lifeline, _ in state['workers']:          # at once, before the application can start anything
+        os.set_inheritable(lifeline, False)
+    return {'reloaded': True, **state}
 
 
 def go_where_the_log_is(config, start, reloaded):
@@ -4370,9 +4587,13 @@ def go_where_the_log_is(config, start, reloaded):
         reopen_log(config)
     elif config.logto:
         open_log(config.logto)
-    for target in config.req_logger if not reloaded else ():
-        if 'file:' in target:
-            os.close(open_to_append(target.partition('file:')[2]))
+    sys.stdout = io.TextIOWrapper(Log(1), 'utf-8', 'backslashreplace', line_buffering=True)
+    sys.stderr = io.TextIOWrapper(main_log, 'utf-8', 'backslashreplace', line_buffering=True)
+    for name in config.req_logger if not reloaded else ():
+        fresh, fd = not os.path.lexists(name), open_to_append(name)
+        if fresh and not os.getuid():
+            os.fchown(fd, *owner(f'{config.uid or ""}:{config.gid or ""}'))         # who opens it in the workers
+        os.close(fd)
     log(f"minuwsgi {__version__}, Python {sys.version.split()[0]}, pid {os.getpid()}{', reloaded' * reloaded}")
     for text in config.print:
         log(text)
@@ -4390,6 +4611,8 @@ def take_place(config, state, owned, pidfile):
         pidfile = Pidfile(path)
     log('listening on ' + ', '.join(f'{listener.name} ({listener.protocol})' for listener in owned))
     drop_privileges(config)
+    if not os.getuid() and not config.uid:
+        log('warning: the application runs as root, and so does whoever finds a hole in it: set uid and gid')
     return pidfile
 
 
@@ -4398,7 +4621,7 @@ def bind_load_and_run(config, start, owned):
     state = inherited_state()
     reloaded = state['reloaded']
     go_where_the_log_is(config, start, reloaded)
-    signals = Signals()
+    signals = Signals(reloaded)
     application, stuck, hooks = None, False, offer_uwsgi_module(config)
     pidfile = Pidfile(*state['pidfile']) if state['pidfile'] else None
     try:
@@ -4432,7 +4655,7 @@ def bind_load_and_run(config, start, owned):
             master.stats = Stats(master)
         except ConfigError as error:
             log(f'minuwsgi: stats: {error}')            # no reason not to serve
-    return master.run()
+    return finish_process(config.worker_reload_mercy, master.run())
 
 
 def serve(config, start):

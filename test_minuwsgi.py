@@ -2,12 +2,15 @@
 
     python3 -m pytest test_minuwsgi.py                  all
     python3 -m pytest test_minuwsgi.py -k vacuum        those with a word in their name
+    python3 test_minuwsgi.py --soak 15                  mixed load, reloads and kills for 15 minutes
 
 A test starts the real server in a directory of its own and talks to it over real sockets. It waits
 for events (a line in the log, the end of a process), never for time to pass. At its end the log
 must hold no traceback that the test didn't ask for, and no process may be left.
 """
 import ast
+import collections
+import concurrent.futures
 import configparser
 import contextlib
 import json
@@ -1121,7 +1124,7 @@ class TestCodec:
             'HTTP_B',
                  'HTTP_COOKIE', 'HTTP_CONTENT_TYPE', 'PATH_INFO']
         values = ['', 'GET', '/', 'x' * 300, 'http', 'on', '\xff\0']
-        row, expected = minuwsgi.Row(), minuwsgi.Expected({'base': 'x'})
+        row, expected = minuwsgi.Row(), minuwsgi.Expected({'base': 'x', 'SCRIPT_NAME': ''})
         common = [(name, values[i % 6]) for i, name in enumerate(names[:14])]
         for i in range(4000):
             items = list(common)
@@ -1149,7 +1152,7 @@ def read_plainly(data):
         pairs = minuwsgi.unpack_vars(data[4:])
     except minuwsgi.BadRequest:
         return None
-    environ = {'base': 'x'}
+    environ = {'base': 'x', 'SCRIPT_NAME': ''}
     for name, value in pairs:
         if len(name) > 255:
             return None
@@ -1207,10 +1210,10 @@ class TestUwsgi:
     def test_a_bad_packet_gets_a_4xx_and_a_log_line_in_words(self, shared, name):
         data, words = BAD_PACKETS[name]
         server = shared(ENVIRON_APP)
-        before = len(server.lines)
         answer = Answer(exchange(server.socket, data))
         assert answer.status.startswith('4') and words in answer.text
-        wait_until(lambda: any('bad request' in line and words in line for line in server.lines[before:]), words)
+        cause = answer.text.partition(': ')[2][:12]     # each is logged once a second
+        wait_until(lambda: f'bad request: {cause}' in server.log, words)
         assert server.ask().status == '200 OK'
 
     def test_byte_by_byte(self, shared):
@@ -1219,6 +1222,16 @@ class TestUwsgi:
             for i in range(len(data)):
                 connection.sendall(data[i:i + 1])
             assert eval(Answer(read_all(connection)).body)['PATH_INFO'] == '/some/path'
+
+    def test_a_bad_packet_after_a_head_request_is_answered_in_words_too(self, shared):
+        server = shared(ENVIRON_APP)
+        assert server.ask(REQUEST_METHOD='HEAD').body == b''
+        assert b'this is HTTP' in exchange(server.socket, b'GET / HTTP/1.1\r\n\r\n')
+
+    def test_the_last_variable_may_tell_the_scheme(self, start):
+        server = start(app=ENVIRON_APP)
+        for scheme in 'http', 'https', 'http':          # the first packet is what the plan is made of
+            assert eval(server.ask(UWSGI_SCHEME=scheme).body)['wsgi.url_scheme'] == scheme
 
     @pytest.mark.parametrize('size', [0, 1, 3, 4, 5, 100])
     def test_a_packet_that_ends_early_leaves_the_server_alone(self, shared, size):
@@ -1770,6 +1783,23 @@ def test_what_is_not_http_is_answered_in_words(echo, data, words):
     assert answer.status[:3] in ('400', '414', '431') and words in answer.text
 
 
+def test_a_head_without_its_end_is_not_taken_for_an_earlier_one(echo):
+    for request, status in (b'GET / HTTP/1.1\r\nHost: x\r\n\r\n', 200), (b'GET / HTTP/1.1\r\nHost: x\n', 400):
+        with connect(echo.http) as connection:
+            connection.sendall(request)
+            assert Answer(connection.recv(65536)).status[:3] == str(status)
+
+
+def test_connections_with_the_same_headers_keep_their_own_addresses(echo):
+    request = b'GET /%d HTTP/1.1\r\nHost: x\r\nX-Same: yes\r\nConnection: close\r\n\r\n'
+    for i in range(3):
+        with connect(echo.http) as connection:
+            connection.sendall(request % i)
+            found = json.loads(Answer(read_all(connection)).body)
+            assert found['REMOTE_PORT'] == str(connection.getsockname()[1]) and found['PATH_INFO'] == f'/{i}'
+            assert found['HTTP_X_SAME'] == 'yes'
+
+
 def test_a_client_that_leaves_does_no_harm(echo):
     for data in (b'GET', b'GET / HTTP/1.1\r\nHost: x\r\n\r\n',
                  b'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nab',
@@ -1911,31 +1941,54 @@ def behind_proxy():
         yield server
 
 
+def fuzz(seeds, make, talk, judge):
+    """For each seed: make(chance) gives the input, talk(input) what the server answers, judge(input, answer) a name
+    for it, or an AssertionError. ({name: how many}, [failure])"""
+    kinds, failures = collections.Counter(), []
+    for seed in seeds:
+        case = make(random.Random(seed))
+        raw = talk(case)
+        try:
+            kinds[judge(case, raw)] += 1
+        except AssertionError as error:
+            failures.append(f'seed {seed}: {repr(case)[:600]} got {raw[:300]!r}: {error}')
+    return kinds, failures
+
+
+HTTP_SEEDS = [
+    b'GET /a?b=c HTTP/1.1\r\nHost: x\r\nX-Y: z\r\nCookie: a=b\r\n\r\n',
+    b'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 11\r\nContent-Type: text/plain\r\n\r\nhello world',
+    b'POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n'
+    b'5;a=b\r\nhello\r\n6\r\n world\r\n0\r\nT: 1\r\n\r\n',
+    b'HEAD http://x/ HTTP/1.0\r\nConnection: keep-alive\r\nExpect: 100-continue\r\n\r\n']
+HTTP_PIECES = [
+    b'\r\n', b'\n', b'\r', b'\0', b' ', b'\t', b':', b';', b',', b'0', b'ffffffff', b'-1', b'\xff', b'HTTP/1.1', b'%00',
+    b'chunked', b'Content-Length: 3\r\n', b'Transfer-Encoding: chunked\r\n', b'Host: y\r\n',
+    b'Expect: 100-continue\r\n', b'\r\n\r\n', b'/../', b'a' * 5000]
+
+
+def http_mutation(chance):
+    data = bytearray(b''.join(chance.choices(HTTP_SEEDS, k=chance.randint(1, 3))))
+    for _ in range(chance.randint(1, 6)):
+        at, size = chance.randrange(len(data) + 1), chance.choice((0, 0, 1, 2, 8, 40))
+        new = chance.choice((chance.choice(HTTP_PIECES), bytes([chance.randrange(256)]), data[at:at + 30] * 2))
+        data[at:at + size] = new
+    return bytes(data)
+
+
+def judge_http(data, raw):
+    if b'HEAD' in data:
+        assert not raw or raw.startswith(b'HTTP/1.1 ')
+        return raw[9:12]
+    return b' '.join(answer.status[:3].encode() for answer in answers(raw)[:1])
+
+
 def test_fuzzing_gets_well_formed_answers_only(echo):
     """MINUWSGI_FUZZ=20000 for more. A failure names the seed of its input."""
-    seeds = [b'GET /a?b=c HTTP/1.1\r\nHost: x\r\nX-Y: z\r\nCookie: a=b\r\n\r\n',
-             b'POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 11\r\nContent-Type: text/plain\r\n\r\nhello world',
-             b'POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n'
-             b'5;a=b\r\nhello\r\n6\r\n world\r\n0\r\nT: 1\r\n\r\n',
-             b'HEAD http://x/ HTTP/1.0\r\nConnection: keep-alive\r\nExpect: 100-continue\r\n\r\n']
-    pieces = [b'\r\n', b'\n', b'\r', b'\0', b' ', b'\t', b':', b';', b',', b'0', b'ffffffff', b'-1', b'\xff',
-              b'HTTP/1.1', b'%00',
-              b'chunked', b'Content-Length: 3\r\n', b'Transfer-Encoding: chunked\r\n', b'Host: y\r\n',
-              b'Expect: 100-continue\r\n',
-              b'\r\n\r\n', b'/../', b'a' * 5000]
-    for number in range(int(os.environ.get('MINUWSGI_FUZZ', 1000))):
-        chance = random.Random(number)
-        data = bytearray(b''.join(chance.choices(seeds, k=chance.randint(1, 3))))
-        for _ in range(chance.randint(1, 6)):
-            at, size = chance.randrange(len(data) + 1), chance.choice((0, 0, 1, 2, 8, 40))
-            new = chance.choice((chance.choice(pieces), bytes([chance.randrange(256)]), data[at:at + 30] * 2))
-            data[at:at + size] = new
-        raw = send_raw(echo, bytes(data))
-        try:
-            is_head = data.find(b'HEAD') >= 0
-            assert is_head and (not raw or raw.startswith(b'HTTP/1.1 ')) or not is_head and answers(raw) is not None
-        except AssertionError as error:
-            raise AssertionError(f'seed {number}: {bytes(data)!r} got {raw[:500]!r}') from error
+    seeds = range(int(os.environ.get('MINUWSGI_FUZZ', 1000)))
+    _, failures = fuzz(seeds, http_mutation, lambda data: send_raw(echo, data), judge_http)
+    assert failures == []
+    assert len({line[:25] for line in echo.lines if line.startswith('bad request')}) < 40      # causes are few
     assert echo.get('/').status == '200 OK'
     assert echo.log.count('the application failed') == echo.log.count('\nValueError: ')
 
@@ -2885,6 +2938,7 @@ def test_a_broken_application_is_not_taken_by_a_reload(start, tmp, program):
                                   'perl': ('psgi', 'app.psgi', APP_PSGI, 'die "wont";')}[program]
     (tmp / name).write_text(text)
     server = start(ini=f'{option} = {name}')
+    assert server.ask().status == '200 OK'              # it has loaded the file
     (tmp / name).write_text(broken)
     server.kill(signal.SIGHUP)
     server.wait_for('reload: failed')
@@ -3121,12 +3175,15 @@ class Held:
 
 
 class Load:
-    """Clients that ask all the time, each on new connections; failures are what didn't go as it should."""
+    """Clients that ask all the time, each on new connections; failures are what didn't go as it should.
 
-    def __init__(self, server, path='hello', clients=4):
+    visit(random numbers) may do something else than to ask for a path: it returns what went wrong, or None."""
+
+    def __init__(self, server, path='hello', clients=4, visit=None):
         self.server, self.path, self.answered, self.failures, self.bodies = server, path, 0, [], set()
-        self.running = True
-        self.threads = [threading.Thread(target=self.ask, daemon=True) for _ in range(clients)]
+        self.running, self.visit = True, visit
+        self.threads = [threading.Thread(target=self.visits if visit else self.ask, args=(i,) if visit else (),
+                                         daemon=True) for i in range(clients)]
         for thread in self.threads:
             thread.start()
 
@@ -3142,16 +3199,37 @@ class Load:
                 if answer.status != '200 OK':
                     self.failures.append(answer.raw)
 
+    def visits(self, seed):
+        """failures has (begin, end, what went wrong) then."""
+        chance = random.Random(seed)
+        while self.running:
+            began = time.monotonic()
+            try:
+                wrong = self.visit(chance)
+            except (OSError, http.client.HTTPException) as error:
+                wrong = repr(error)
+            self.answered += 1
+            if wrong:
+                self.failures.append((began, time.monotonic(), wrong))
+
     def more(self, requests):
         """Wait for so many more answers."""
         goal = self.answered + requests
-        wait_until(lambda: self.answered >= goal or self.failures, f'{requests} more answers')
+        wait_until(lambda: self.answered >= goal or self.failures and not self.visit, f'{requests} more answers')
 
     def end(self):
         self.running = False
         for thread in self.threads:
             thread.join(PATIENCE)
         return self.failures
+
+
+def kill_a_worker(server, number):
+    """With SIGKILL, one after the other; returns when the master has noticed it as often."""
+    victims = wait_until(server.workers, 'a worker')
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(victims[number % len(victims)], signal.SIGKILL)
+    server.wait_for('died', number + 1)
 
 
 class TestProcesses:
@@ -3188,10 +3266,7 @@ class TestProcesses:
         load = Load(server)
         for i in range(50):
             load.more(5) if not load.failures else None
-            victims = wait_until(server.workers, 'a worker')
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(victims[i % len(victims)], signal.SIGKILL)
-            server.wait_for('died', i + 1)
+            kill_a_worker(server, i)
             load.failures[:], lost = [], len(load.failures)
             assert lost <= 2
         load.more(20)
@@ -3512,6 +3587,20 @@ class TestReload:
         server.wait_for('^ready', 3)
 
 
+    def test_a_stop_when_the_new_code_is_found_good_is_heard(self, start):
+        """At the moment when the master is about to execute itself anew."""
+        for _ in range(4):
+            server = start(ini='vacuum = true\npidfile = p')
+            before = server.workers()
+            server.kill(signal.SIGHUP)
+            wait_until(lambda: server.workers() != before, 'the child that tries the new code')
+            while server.workers() not in (before, []):
+                pass
+            server.kill(signal.SIGTERM)
+            assert server.wait() == 0 and not any(alive(pid) for pid in before)
+            assert not os.path.exists(server.socket)
+
+
 class TestHarakiri:
     """A request that takes too long is broken off, and the log says where it was."""
 
@@ -3541,7 +3630,7 @@ class TestHarakiri:
         load.end()
 
     def test_a_client_that_lets_wait_is_no_case_for_harakiri(self, start):
-        server = start(APPS, 'harakiri = 1\nsocket-timeout = 2\nprocesses = 2')
+        server = start(APPS, 'harakiri = 1\nsocket-timeout = 3\nprocesses = 2')
         before = server.workers()
         with connect(server.socket) as silent, connect(server.socket) as slow:
             slow.sendall(packet('read', b'', QUERY_STRING='i.read()', CONTENT_LENGTH='3', REQUEST_METHOD='POST'))
@@ -3896,6 +3985,602 @@ class TestSystemd:
             assert process.wait(PATIENCE) == 0
             process.stderr.close()
         assert (tmp / 'a').exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# 11. In a hostile world: bad applications, and who would like to be somebody else
+
+BAD_APPS = SLOW + '''
+def ten_thousand_headers(e, s):
+    s('200 OK', [(f'X-{i}', 'y' * 20) for i in range(10000)]); return [b'x']
+def endless(e, s):
+    s('200 OK', [])
+    while True: yield b'x' * 65536
+def gibibyte(e, s):
+    s('200 OK', [])
+    for _ in range(1024): yield b'x' * (1 << 20)
+def interrupts(e, s):
+    raise KeyboardInterrupt
+def generator_exit(e, s):
+    raise GeneratorExit
+def stop_iteration(e, s):
+    raise StopIteration
+def bad_iterator(e, s):
+    class Bad:
+        def __iter__(self): raise RuntimeError('no iterator')
+    s('200 OK', []); return Bad()
+def close_exits(e, s):
+    class Bad(list):
+        def close(self): sys.exit(3)
+    s('200 OK', []); return Bad([b'x'])
+def close_is_none(e, s):
+    class Bad(list): close = None
+    s('200 OK', []); return Bad([b'x'])
+def recursion(e, s):
+    return recursion(e, s)
+def keeps_start(e, s):
+    globals()['kept'] = s; return hello(e, s)
+def old_start(e, s):
+    keeps_start(e, s); kept('200 OK', [])
+def clears_environ(e, s):
+    e.clear(); return hello(e, s)
+def spoils_environ(e, s):
+    e.update(dict.fromkeys(e, object())); return hello(e, s)
+def thread_exits(e, s):
+    thread = threading.Thread(target=sys.exit); thread.start(); thread.join(); return hello(e, s)
+def deletes_module(e, s):
+    del sys.modules['app']; return hello(e, s)
+def deletes_modules(e, s):
+    for name in set(sys.modules) - {'sys', 'builtins'}: del sys.modules[name]
+    return hello(e, s)
+def moves(e, s):
+    os.chdir('/'); os.umask(0o777); return hello(e, s)
+def speaks_turkish(e, s):
+    import locale, time
+    locale.setlocale(locale.LC_ALL, 'C.UTF-8'); os.environ['TZ'] = 'Asia/Tokyo'; time.tzset(); return hello(e, s)
+def default_signals(e, s):
+    import signal
+    if threading.current_thread() is threading.main_thread():
+        for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}: signal.signal(number, signal.SIG_DFL)
+    return hello(e, s)
+def ignores_signals(e, s):
+    import signal
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}: signal.signal(number, signal.SIG_IGN)
+    return hello(e, s)
+def no_streams(e, s):
+    sys.stdout = sys.stderr = None; return hello(e, s)
+def forks(e, s):
+    os.fork(); return hello(e, s)
+def fork_raises(e, s):
+    if not os.fork(): raise RuntimeError('in the child')
+    return hello(e, s)
+def fork_exits(e, s):
+    if not os.fork(): sys.exit()
+    return hello(e, s)
+def fork_lives(e, s):
+    child = os.fork()
+    if not child: import time; time.sleep(100)
+    s('200 OK', []); return [b'%d' % child]
+def closes_0_to_20(e, s):
+    os.closerange(0, 21); return hello(e, s)
+def opens_all(e, s):
+    import resource
+    most = len(os.listdir('/proc/self/fd')) - 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most - 1, most)); return hello(e, s)
+def thread_without_end(e, s):
+    threading.Thread(target=threading.Event().wait, name='restless').start(); return hello(e, s)
+def processes(e, s):
+    import multiprocessing, time
+    fork = multiprocessing.get_context('fork')
+    process = fork.Process(target=time.sleep, args=(100,)); process.start(); process.terminate(); process.join(9)
+    with fork.Pool(2) as pool: found = pool.map(abs, [-1, -2])
+    s('200 OK', []); return [repr((process.exitcode, found)).encode()]
+'''
+
+# path: how the answer begins over the uwsgi protocol ('' for a connection that is just closed), what the log says
+BAD = {
+    'none': ('500', 'returned None'), 'a_str': ('500', 'not of str'), 'str_items': ('500', 'not of str'),
+    'an_int': ('500', 'not iterable'), 'no_start': ('500', "didn't call start_response"),
+    'twice': ('500', 'second time'), 'fail_early': ('500', 'before the head'),
+    'fail_first': ('500', 'the first item'), 'fail_later': ('200', 'a later item'),
+    'exits': ('500', 'SystemExit: 3'), 'interrupts': ('500', 'KeyboardInterrupt'),
+    'generator_exit': ('500', 'GeneratorExit'), 'stop_iteration': ('500', 'StopIteration'),
+    'bad_iterator': ('500', 'no iterator'), 'close_exits': ('200', 'SystemExit: 3'),
+    'close_is_none': ('200', 'NoneType'), 'recursion': ('500', 'RecursionError'),
+    'old_start': ('500', 'a second time'), 'clears_environ': ('200', ''), 'spoils_environ': ('200', ''),
+    'thread_exits': ('200', ''), 'deletes_module': ('200', ''), 'deletes_modules': ('200', ''),
+    'moves': ('200', ''), 'speaks_turkish': ('200', ''), 'default_signals': ('200', ''), 'no_streams': ('200', ''),
+    'leave': ('', 'exit status 7'), 'closes_0_to_20': ('', 'died: exit status'), 'forks': ('200', 'came back'),
+    'fork_raises': ('200', 'in the child'), 'fork_exits': ('200', ''), 'ten_thousand_headers': ('200', '')}
+HELLO_HEAD = b'HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nhello\n'
+
+
+class TestBadApps:
+    """Whatever an application does, the next request is answered, and a stop is a clean end."""
+
+    @pytest.mark.parametrize('ini', ['', 'threads = 2', 'http'])
+    def test_after_a_bad_request_the_next_is_answered_right(self, start, ini):
+        server = start(BAD_APPS, ini.replace('http', '') + '\ndisable-logging = true', http=ini == 'http')
+        server.tracebacks_expected = True
+        for path, (status, words) in BAD.items():
+            before = len(server.lines)
+            answer = server.get('/' + path) if ini == 'http' else server.ask(path)
+            assert answer.status.startswith(status) and bool(answer.raw) == bool(status), (path, answer.raw[:200])
+            assert answer.raw.count(b'HTTP/1.1') <= 1, path
+            for _ in range(3):
+                assert (server.get('/hello').body == b'hello\n' if ini == 'http' else
+                        server.ask('hello').raw == HELLO_HEAD), path
+            wait_until(lambda: words in '\n'.join(server.lines[before:]), f'{words} after {path}')
+            raised = [line for line in server.lines[before:] if re.match(r'[\w.]+(Error|Exit|Interrupt|Gone)\b', line)]
+            assert all(words in line for line in raised), (path, raised)
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        assert server.ask('hello').raw == HELLO_HEAD
+        assert server.stop() == 0 and 'killed' not in server.log
+
+    def test_all_of_ten_thousand_headers_arrive(self, start):
+        server = start(BAD_APPS, http=True)
+        assert len(server.ask('ten_thousand_headers').headers) == 10000
+        assert len(server.get('/ten_thousand_headers').headers) > 10000
+
+    @pytest.mark.parametrize('way', ['uwsgi', 'http'])
+    def test_an_answer_without_end_ends_with_its_client(self, start, way):
+        server = start(BAD_APPS, http=True)
+        worker = server.ask('pid').body
+        with connect(server.socket if way == 'uwsgi' else server.http) as connection:
+            connection.sendall(packet('endless') if way == 'uwsgi' else b'GET /endless HTTP/1.1\r\nHost: x\r\n\r\n')
+            for _ in range(20):
+                assert connection.recv(1 << 16)
+        assert server.ask('pid').body == worker
+
+    def test_a_gibibyte_from_a_generator_leaves_the_memory_flat(self, start):
+        server = start(BAD_APPS)
+        worker, = server.workers()
+
+        def peak():
+            return int(re.search(r'VmHWM:\s+(\d+)', pathlib.Path(f'/proc/{worker}/status').read_text())[1]) / 1024
+        server.ask('hello')
+        before, size, buffer = peak(), 0, bytearray(1 << 20)
+        with connect(server.socket) as connection:
+            connection.sendall(packet('gibibyte'))
+            while got := connection.recv_into(buffer):
+                size += got
+        assert size == (1 << 30) + len('HTTP/1.1 200 OK\r\n\r\n') and peak() - before < 10
+
+    @pytest.mark.parametrize('ini', ['', 'threads = 2', 'socket = s\nhttp-socket = h'])
+    def test_a_child_of_the_application_holds_no_client_and_its_own_children_can_be_ended(self, start, ini):
+        server = start(BAD_APPS, ini)
+        child = int(server.ask('fork_lives').body)              # it is read to the end of the connection
+        assert alive(child)
+        os.kill(child, signal.SIGTERM)
+        wait_until(lambda: not alive(child), 'the end of the child')
+        assert server.ask('processes').body == b'(-15, [1, 2])'
+        assert not children(server.workers()[0]) and server.ask('hello').body == b'hello\n'
+
+    @pytest.mark.parametrize('ini', ['threads = 2', 'socket = s\nsocket = t\nthreads = 2'])
+    def test_an_application_that_holds_all_descriptors_gets_a_successor(self, start, ini):
+        server = start(BAD_APPS, ini)
+        assert server.ask('opens_all').body == b'hello\n'
+        assert server.ask('hello').body == b'hello\n'
+        server.wait_for('leaves: the application holds all descriptors')
+
+    def test_a_stop_is_not_held_up_in_silence(self, start, tmp):
+        """Three servers, stopped at once: a thread in the worker, one in the master, signals that are not heeded."""
+        servers = []
+        for i, path in enumerate(['thread_without_end', 'hello', 'ignores_signals']):
+            more = "threading.Thread(target=threading.Event().wait, name='in the master').start()" if i == 1 else ''
+            servers.append(start(BAD_APPS + more, f'socket = {i}\nworker-reload-mercy = {(1, 1, 60)[i]}'))
+            assert ask(str(tmp / str(i)), path).body == b'hello\n'
+        for server in servers:
+            server.kill(signal.SIGTERM)
+        assert "waits for the thread 'restless'" in servers[0].wait_for('has 1 s to end')
+        assert "waits for the thread 'in the master'" in servers[1].wait_for('has 1 s to end')
+        assert 'did the application set a handler' in servers[2].wait_for('is killed')
+        assert [server.wait() for server in servers] == [0, 0, 0]
+
+    @pytest.mark.parametrize('ini', ['', 'lazy-apps = true', 'master = false'])
+    def test_what_an_application_spoils_while_it_is_loaded_does_no_harm(self, start, tmp, ini):
+        server = start(HELLO + """
+import os, signal, sys
+print('left in the buffer of a stream that is closed')
+sys.stdout = None
+sys.stderr.close()
+for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+    signal.signal(number, signal.SIG_IGN)
+signal.set_wakeup_fd(-1)
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+os.chdir('/')
+os.umask(0o777)
+""", f'stats = stats\npidfile = pid\ntouch-reload = {tmp}/touched\n{ini}')
+        if ini != 'master = false':
+            assert server.ask().body == b'hello\n'
+            server.kill(signal.SIGHUP)
+            server.wait_for('^ready', 2)
+        assert server.ask().body == b'hello\n'
+        assert server.stop() == 0 and 'killed' not in server.log
+
+
+needs_root = pytest.mark.skipif(os.getuid() != 0 or not os.path.exists('/usr/bin/python3'),
+                                reason='needs root, and /usr/bin/python3, which anybody can read')
+
+# what steered uWSGI, and what would steer a program or Python itself
+STEERING = tuple(("UWSGI_FILE UWSGI_SCRIPT UWSGI_MODULE UWSGI_CALLABLE UWSGI_CHDIR UWSGI_PYHOME UWSGI_SETENV "
+                  "UWSGI_APPID UWSGI_TOUCH_RELOAD UWSGI_POSTFILE DOCUMENT_ROOT SCRIPT_FILENAME PATH_TRANSLATED "
+                  "SCRIPT_NAME LD_PRELOAD PATH PYTHONPATH PYTHONSTARTUP BASH_ENV ENV PERL5OPT RUBYOPT HOME TMPDIR "
+                  "SSL_CERT_FILE").split())
+
+
+class TestSecurity:
+    """Nobody gets in who isn't let in, and nobody gets out of what he is."""
+
+    @pytest.mark.parametrize('ini', ['', 'mount = /other=app:application\nmanage-script-name', 'check-static = public',
+                                     'cgi = /cgi=bin'])
+    def test_no_variable_of_a_request_chooses_code_or_files(self, start, tmp, ini):
+        (tmp / 'evil.py').write_text('open("evil", "w")\napplication = None\n')
+        (tmp / 'public').mkdir()
+        (tmp / 'bin').mkdir()
+        (tmp / 'bin/env').write_text(PING_CGI + 'env')
+        (tmp / 'bin/env').chmod(0o755)
+        server = start("import os\ndef application(e, s):\n  s('200 OK', [])\n  return [os.getcwd().encode()]",
+                       f'module = app\n{ini}')
+        for value in f'{tmp}/evil.py', 'evil', 'evil:application', f'{tmp}', f'PYTHONPATH={tmp}', '/evil':
+            for names in (STEERING, *zip(STEERING)):
+                assert server.ask('/', **dict.fromkeys(names, value)).body == str(tmp).encode()
+            if 'cgi' in ini:
+                found = server.ask('/cgi/env', **{**dict.fromkeys(STEERING, value), 'SCRIPT_NAME': ''}).text
+                assert f'SCRIPT_FILENAME={tmp}/bin/env\n' in found
+                assert {line.partition('=')[0] for line in found.splitlines() if value in line} <= {'DOCUMENT_ROOT'} | {
+                    name for name in ('SCRIPT_FILENAME', 'PWD', 'OLDPWD', 'PATH_TRANSLATED') if value in str(tmp)}
+        assert not (tmp / 'evil').exists()
+
+    @pytest.mark.parametrize('end', ['\r\n', '\n', '\r', '\0', '\r\n\r\n'])
+    def test_no_text_of_an_application_ends_a_line_of_the_head(self, apps, end):
+        apps.tracebacks_expected = True
+        for status, headers in ((f'200 OK{end}Evil: 1', []), ('200 OK', [('X', f'a{end}Evil: 1')]),
+                                ('200 OK', [(f'X{end}Evil', 'a')]), ('200 OK', [(f'X: a{end}Evil', 'a')])):
+            query = ascii((status, headers)).replace(' ', '')
+            for answer in apps.ask('bad_head', QUERY_STRING=ascii((status, headers))), apps.get(f'/bad_head?{query}'):
+                assert answer.status == '500 Internal Server Error' and b'Evil' not in answer.raw
+
+    def test_nor_does_one_of_another_language(self, start, tmp):
+        (tmp / 'config.ru').write_text('run ->(env) { [env["QUERY_STRING"] == "s" ? "200 OK\\r\\nEvil: 1" : 200, '
+                                       '{ "x-a\\r\\nEvil" => "b\\r\\nEvil: 1" }, ["ok"]] }')
+        (tmp / 'app.psgi').write_text('sub { [$_[0]{QUERY_STRING} eq "s" ? "200 OK\\r\\nEvil: 1" : 200, '
+                                      '["X-A\\r\\nEvil" => "b\\r\\nEvil: 1"], ["ok"]] }')
+        servers = {}
+        for line, program in ('rack = config.ru', 'ruby'), ('psgi = app.psgi', 'perl'):
+            if shutil.which(program):
+                servers[line[0]] = start(ini=f'{line}\nsocket = {line[0]}', ready=False)
+                servers[line[0]].wait_for('listening')          # it has read app.ini
+        for name, server in servers.items():
+            server.ready()
+            for path in '/', '/?s':
+                answer = ask(str(tmp / name), path)
+                assert answer.status.startswith('200') and answer.text == 'ok'
+                assert b'\nEvil' not in answer.raw and b'\rEvil' not in answer.raw
+
+    def test_no_underscore_passes_for_a_hyphen_over_http(self, start):
+        server = start(ENVIRON_APP, http=True)
+        found = eval(server.get('/', 'X_Real_Ip: 6.6.6.6\r\nX-Real_Ip: 6.6.6.6\r\nRemote_User: root\r\n_X: 6.6.6.6\r\n'
+                                     'Http_Host: evil\r\nContent_Length: 66\r\nTransfer_Encoding: chunked\r\n').body)
+        assert not {'HTTP_X_REAL_IP', 'HTTP_REMOTE_USER', 'REMOTE_USER', 'HTTP_HTTP_HOST', 'CONTENT_LENGTH',
+                    'HTTP_TRANSFER_ENCODING'}.intersection(found) and '6.6.6.6' not in found.values()
+
+    def test_a_public_address_for_the_uwsgi_protocol_is_warned_of(self, start):
+        ports = [free_port() for _ in range(5)]
+        server = start(ini='socket = s\nsocket = :{}\nsocket = 127.0.0.1:{}\nsocket = [::1]:{}\nsocket = [::]:{}\n'
+                           'http-socket = :{}'.format(*ports))
+        warned = [line.split()[1] for line in server.lines if 'uwsgi protocol' in line]
+        assert warned == [f'0.0.0.0:{ports[0]}', f'[::]:{ports[3]}']
+        assert 'firewall' in server.wait_for('uwsgi protocol')
+
+    @needs_root
+    def test_root_is_warned_of_once_and_nobody_else(self, start, tmp):
+        os.chmod(tmp, 0o777)
+        assert start().log.count('runs as root') == 1
+        server = start(ini='socket = t\nuid = nobody', python='/usr/bin/python3')
+        assert 'runs as root' not in server.log
+
+    @needs_root
+    def test_the_privileges_of_root_are_gone_for_good(self, start, tmp):
+        os.chmod(tmp, 0o777)
+        (tmp / 'root').touch(0o600)
+        server = start("""
+            import os
+            def tried(function, *arguments):
+                try:
+                    return function(*arguments)
+                except PermissionError:
+                    return 'refused'
+            def application(e, s):
+                s('200 OK', [])
+                return [repr([
+                    tried(os.setuid, 0), tried(os.seteuid, 0), tried(os.setresuid, 0, 0, 0), tried(os.setgid, 0),
+                    tried(os.setgroups, [0]), tried(open, 'root'), tried(os.kill, 1, 0)]).encode()]
+            """, 'uid = nobody\nreq-logger = file:requests\nprocesses = 2', python='/usr/bin/python3')
+        assert eval(server.ask().body) == ['refused'] * 7
+        wait_until(lambda: 'GET /' in (tmp / 'requests').read_text(), 'a line of the request')
+        ids = grp.getgrnam('nogroup').gr_gid
+        for pid in server.pid, *server.workers():
+            status = pathlib.Path(f'/proc/{pid}/status').read_text()
+            assert re.search(rf'Gid:\t{ids}\t{ids}\t{ids}\t{ids}\n', status) and 'CapEff:\t0000000000000000' in status
+        code, output = run(tmp, '--socket', 'u', '--module', 'app', '--uid', '54321')
+        assert code == 1 and 'set gid too' in output and 'Traceback' not in output
+
+    def test_no_file_can_be_written_by_everybody(self, start, tmp):
+        server = start(ini='umask = 000\nlogto = log\nreq-logger = file:requests\npidfile = pid\nstats = stats\n'
+                           'socket = s', ready=False, umask=0)
+        wait_until(lambda: (tmp / 'log').exists() and 'ready' in (tmp / 'log').read_text(), 'ready')
+        server.ask()
+        modes = {file.name: oct(file.stat().st_mode & 0o777) for file in tmp.iterdir() if file.name[:3] != 'app'}
+        modes.pop('__pycache__', None)
+        assert modes == {'s': '0o660', 'stats': '0o660', 'log': '0o640', 'requests': '0o640', 'pid': '0o644'}
+
+    def test_what_the_application_starts_inherits_0_1_and_2_alone(self, start):
+        server = start("""
+            import os, subprocess
+            def inherited():
+                ls = 'ls', '-l', '/proc/self/fd'
+                return [subprocess.run(ls, stdout=-1, close_fds=False).stdout,
+                        subprocess.run(ls, stdout=-1, close_fds=False, preexec_fn=int).stdout,
+                        os.popen('exec ls -l /proc/self/fd').read().encode()]
+            at_load = inherited()
+            def application(e, s):
+                e['wsgi.input'].read(1)
+                s('200 OK', [])
+                return [repr(at_load + inherited()).encode()]
+            """, 'processes = 2\nthreads = 2\nstats = t\npidfile = p\nreq-logger = file:l', http=True)
+        for reload in False, True:
+            if reload:
+                server.kill(signal.SIGHUP)
+                server.wait_for('^ready', 2)
+            with connect(server.socket), connect(server.http):
+                for found in eval(server.ask(body=b'xx').body):
+                    assert re.findall(rb'(\d+) ->', found) == [b'0', b'1', b'2', b'3'], found.decode().split('\n')
+
+    @needs_root
+    @pytest.mark.parametrize('option', ['logto = link', 'req-logger = file:link', 'pidfile = link', 'socket = link',
+                                        'daemonize = link'])
+    def test_a_link_in_a_shared_directory_leads_nowhere(self, tmp, option):
+        """As in /tmp: everybody may make files in it."""
+        os.chmod(tmp, 0o777)                            # not sticky: for that the kernel has a rule of its own
+        (tmp / 'precious').write_text('precious')
+        (tmp / 'link').symlink_to('precious')
+        os.lchown(tmp / 'link', 65534, 65534)
+        (tmp / 'app.ini').write_text(f'[uwsgi]\nmodule = minuwsgi:demo\nsocket = s\n{option}\n')
+        code, output = run(tmp, 'app.ini')
+        assert code == 1 and ('a link, made by the user 65534' in output or "isn't a socket" in output)
+        assert (tmp / 'precious').read_text() == 'precious' and (tmp / 'link').is_symlink()
+
+    def test_a_link_of_our_own_is_followed(self, start, tmp):
+        for name in 'log', 'requests', 'pid':
+            (tmp / name).symlink_to('real-' + name)
+        server = start(ini='logto = log\nreq-logger = file:requests\npidfile = pid', ready=False)
+        wait_until(lambda: (tmp / 'real-log').exists() and 'ready' in (tmp / 'real-log').read_text(), 'ready')
+        server.ask()
+        wait_until(lambda: 'GET /' in (tmp / 'real-requests').read_text(), 'the line of the request')
+        assert int((tmp / 'real-pid').read_text()) == server.pid
+
+    def test_no_secret_is_told(self, start, tmp):
+        ini = textwrap.dedent("""
+            [uwsgi]
+            module = app
+            socket = s
+            stats = stats
+            env = DB=pa$$99secret
+            env = OTHER=$(NOPE)99secret
+            db_password = hunter #99secret
+            my-token = "99secret"
+            api_key = $(NOPE)99secret
+            set-ph = dsn=99secret
+            pyargv = --with=%(dsn) --and=$(API_TOKEN)
+            """)
+        server = start(HELLO + "import os\nassert '99secret' in os.environ['DB']\n", ini, ready=False,
+                       environment={'API_TOKEN': 'from99secret', 'UWSGI_API_KEY': '$(X)99secret'})
+        server.wait_for('^ready')
+        server.ask('/', HTTP_AUTHORIZATION='99secret', HTTP_COOKIE='99secret')
+        server.kill(signal.SIGUSR2)
+        server.wait_for('^worker 1')
+        texts = [server.log, read_all(connect(str(tmp / 'stats'))).decode()]
+        (tmp / 'bad.ini').write_text(ini + 'env = 99secret\nvaccum\n')
+        for option in '--show-config', '--check', '--strict':
+            texts.append(run(tmp, 'bad.ini', option, env={**os.environ, 'API_TOKEN': 'from99secret'})[1])
+        assert all(texts) and not [line for text in texts for line in text.split('\n') if '99secret' in line]
+
+
+# ---------------------------------------------------------------------------------------------
+# 11b. Soak: python3 test_minuwsgi.py --soak MINUTES
+
+class Visitor:
+    """A client for Load that does something else each time; it returns what was wrong, or None."""
+
+    DOES = 'get', 'get', 'get', 'post', 'upload', 'unread', 'download', 'slow', 'stream', 'error', 'leave', 'keep'
+
+    def __init__(self, server, file, pause):
+        self.server, self.file, self.pause, self.content = server, str(file), pause, file.read_bytes()
+        self.counts = dict.fromkeys(self.DOES, 0)
+
+    def __call__(self, chance):
+        what = chance.choice(self.DOES)
+        time.sleep(chance.random() * 2 * self.pause)
+        wrong = getattr(self, what)(chance)
+        self.counts[what] += 1
+        return wrong and f'{what}: {wrong}'
+
+    def over_http(self, path, body=None, **headers):
+        with contextlib.closing(http.client.HTTPConnection(*self.server.http, timeout=PATIENCE)) as connection:
+            connection.request('POST' if body else 'GET', path, body, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+    def either(self, chance, path, body=b'', **variables):
+        """(status, body) over one of the two protocols."""
+        if chance.random() < 0.5:
+            return self.over_http('/' + path, body, **{name[5:]: value for name, value in variables.items()})
+        answer = self.server.ask(path, body, **variables)
+        return int(answer.status[:3] or 0), answer.body
+
+    def expect(self, found, status, body):
+        return None if found == (status, body) else f'{found[0]}, {len(found[1])} bytes: {found[1][:80]}'
+
+    def get(self, chance):
+        return self.expect(self.either(chance, 'hello'), 200, b'hello\n')
+
+    def post(self, chance, size=300):
+        return self.expect(self.either(chance, 'read?len(i.read())', b'x' * size), 200, b'%d' % size)
+
+    def upload(self, chance):
+        return self.post(chance, chance.randrange(1 << 20))
+
+    def unread(self, chance):
+        return self.expect(self.either(chance, 'unread', b'x' * chance.randrange(1, 200000)), 401, b'no')
+
+    def download(self, chance):
+        return self.expect(self.either(chance, 'file', HTTP_FILE=self.file), 200, self.content)
+
+    def stream(self, chance):
+        return self.expect(self.either(chance, 'stream'), 200, b'x' * 5_000_000)
+
+    def error(self, chance):
+        return self.expect(self.either(chance, 'fail_early'), 500, b'500 Internal Server Error\n')
+
+    def slow(self, chance):
+        """Reads a file in small pieces."""
+        with connect(self.server.socket) as connection:
+            connection.sendall(packet('file', HTTP_FILE=self.file))
+            found = b''
+            while new := connection.recv(chance.randrange(1, 200_000)):
+                found += new
+                time.sleep(self.pause / 10)
+        return self.expect((200, found.partition(b'\r\n\r\n')[2]), 200, self.content)
+
+    def leave(self, chance):
+        """Goes away: in the middle of the head or of the body, before or amid the answer."""
+        path = chance.choice(['hello', 'file', 'stream', 'read?i.read()', 'unread'])
+        data = packet(path, b'x' * chance.choice([0, 9, 100_000]), HTTP_FILE=self.file)
+        if over_http := chance.random() < 0.5:
+            data = f'POST /{path} HTTP/1.1\r\nHost: x\r\nFile: {self.file}\r\nContent-Length: 9000\r\n\r\n'.encode()
+            data += b'x' * 9000
+        with connect(self.server.http if over_http else self.server.socket) as connection, \
+                contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.sendall(data[:chance.choice([len(data), chance.randrange(len(data))])])
+            if chance.random() < 0.5:
+                connection.setblocking(False)
+                with contextlib.suppress(BlockingIOError):
+                    time.sleep(self.pause)
+                    connection.recv(chance.randrange(1, 100_000))
+
+    def keep(self, chance):
+        """Some requests on one connection, which a server that reloads may close between two of them."""
+        with contextlib.closing(http.client.HTTPConnection(*self.server.http, timeout=PATIENCE)) as connection:
+            for i in range(5):
+                try:
+                    connection.request('GET', '/hello')
+                    answer = connection.getresponse()
+                except ConnectionError:
+                    if i == 0:
+                        raise
+                    return None
+                if wrong := self.expect((answer.status, answer.read()), 200, b'hello\n'):
+                    return wrong
+                time.sleep(self.pause)
+
+
+def weight(pid):
+    """(resident memory in MB, open descriptors) of a process; zeros when it is gone."""
+    try:
+        pages = int(pathlib.Path(f'/proc/{pid}/statm').read_text().split()[1])
+        return round(pages * os.sysconf('SC_PAGESIZE') / 1e6, 1), len(os.listdir(f'/proc/{pid}/fd'))
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0, 0
+
+
+def weights(server):
+    """Of the master, then of each worker."""
+    workers = wait_until(lambda: len(found := server.workers()) == 2 and found, 'two workers')
+    return [weight(pid) for pid in (server.pid, *workers)]
+
+
+def shake(server, load, until, interval):
+    """Reload the server and kill its workers in turn: [(begin, end)] of each kill."""
+    kills, reloads = [], 0
+    while time.monotonic() < until:
+        load.more(20)
+        if len(kills) > reloads:
+            reloads += 1
+            server.kill(signal.SIGHUP)
+            server.wait_for('^ready', reloads + 1)
+        else:
+            began = time.monotonic()
+            kill_a_worker(server, len(kills))
+            kills.append((began, time.monotonic()))
+        time.sleep(max(0.0, min(interval, until - time.monotonic())))
+    return kills, reloads
+
+
+def soak(minutes, say=print):
+    """Two workers under mixed load, reloads and kills, then a calm third to see whether they grow. True if all is
+    well: what fails was at hand in a worker that was killed, and neither memory nor descriptors grow."""
+    seconds = minutes * 60
+    with tempfile.TemporaryDirectory(prefix='mu') as name:
+        tmp, port = pathlib.Path(name), free_port()
+        (tmp / 'app.py').write_text(SLOW + """
+def stream(e, s):
+    s('200 OK', []); return (b'x' * 50_000 for _ in range(100))
+""")
+        (tmp / 'file').write_bytes(random.Random(1).randbytes(5_000_000))
+        server = Server(tmp, ['--module', 'app', '--socket', 's', '--http-socket', f'127.0.0.1:{port}', '--processes',
+                              '2', '--disable-logging'])
+        server.http, server.tracebacks_expected = ('127.0.0.1', port), True
+        try:
+            server.ready()
+            visitor = Visitor(server, tmp / 'file', pause=0.05 if seconds > 60 else 0.002)
+            load, start = Load(server, visit=visitor), time.monotonic()
+            load.more(100)
+            states = [weights(server)]
+            kills, reloads = shake(server, load, start + seconds * 2 / 3, min(30, seconds / 20))
+            load.more(100)
+            states.append(weights(server))
+            while (left := start + seconds - time.monotonic()) > 0:
+                time.sleep(left)
+            load.more(20)
+            states.append(weights(server))
+            load.end()
+            time.sleep(0.1)
+            states.append(weights(server))
+            lost, unexplained = [], []
+            for began, ended, what in load.failures:
+                killed = any(began <= end and ended >= begin for begin, end in kills)
+                (lost if killed else unexplained).append(what)
+            unexplained += [line for line in server.lines if re.match(r'[\w.]+(Error|Exception|Gone)\b', line)
+                            and 'fails before the head' not in line or 'reload: failed' in line]
+            if server.stop() != 0:
+                unexplained.append('the exit code')
+        finally:
+            server.end()
+        say(f'{load.answered} requests in {seconds:.0f} s: '
+            + ', '.join(f'{number} {what}' for what, number in visitor.counts.items()))
+        say(f'{reloads} reloads, {len(kills)} workers killed')
+        say(f'failures: {len(lost)} in workers that were killed, {len(unexplained)} unexplained')
+        for what in [*lost[:20], *(f'unexplained: {what}' for what in unexplained[:20])]:
+            say(f'    {what}')
+        for i, what in enumerate(['resident memory (MB)', 'descriptors']):
+            say(f'{what} of the master and the workers: ' + '; '.join(
+                f'{when} {" ".join(str(found[i]) for found in state)}'
+                for when, state in zip(['at the begin', 'in the middle', 'at the end', 'at rest'], states)))
+        begin, middle, end, rest = states
+        grown = [f'{after[0]} MB after {before[0]}' for before, after in zip(middle, end)
+                 if after[0] > before[0] * 1.2 + 5] if seconds > 60 else []
+        grown += [f'{after[1]} descriptors after {before[1]}' for before, after in zip(begin, rest)
+                  if after[1] > max(before[1], 16)]
+        say('grown: ' + ', '.join(grown) if grown else 'nothing grows')
+        return not unexplained and not grown
+
+
+def test_a_short_soak_finds_nothing():
+    said = []
+    assert soak(0.02, said.append), '\n'.join(said)
+    assert 'unexplained' in '\n'.join(said)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4389,6 +5074,555 @@ def test_flask_keeps_a_session_uploads_and_downloads(tmp, serve_both_ways):
 
 
 # ---------------------------------------------------------------------------------------------
+# 12b. In a hostile world: bytes, clients and machines as bad as they get
+
+FUZZED = """
+def application(environ, start_response):
+    body = environ['wsgi.input'].read() if 'HTTP_READ' in environ else b''
+    out = repr(({k: v for k, v in environ.items() if type(v) is str}, body)).encode()
+    start_response('200 OK', [('Content-Length', str(len(out)))])
+    return [out]
+"""
+FUZZED_INI = 'disable-logging = true\nlimit-post = 1000000\nprocesses = 2'
+LENGTHS = ['-5', '+5', ' 5', '5 ', '0x5', '5.0', '1e3', '\xb2', '9' * 18, '9' * 30, '', '0',
+           '00005', '5', '2000000', '5\0']
+MUTATIONS = ('whole', 'size', 'cut', 'no value', 'length', 'twice', 'one byte', 'odd', 'content-length', 'modifier',
+             'flip')
+
+
+def packet_mutation(chance):
+    """(bytes, shall they be sent one by one)"""
+    body = bytes(chance.choices(b'ab\0\r\n', k=chance.choice((0, 0, 5, 300))))
+    items = [(b'QUERY_STRING', b''), (b'REQUEST_METHOD', b'POST' if body else b'GET'), (b'REQUEST_URI', b'/a'),
+             (b'CONTENT_LENGTH', b'%d' % len(body) if body else b''), (b'PATH_INFO', b'/a'), (b'HTTP_HOST', b'x')]
+    if chance.random() < 0.5:
+        items.append((b'HTTP_READ', b'1'))
+    what = chance.choice(MUTATIONS)
+    if what == 'twice':
+        items += chance.choices(items, k=3)
+    elif what == 'odd':
+        for _ in range(3):
+            items[chance.randrange(len(items))] = tuple(
+                bytes(chance.choices(b'A\0\xff\r\n_=\xe4 ', k=chance.choice((1, 9, 300)))) for _ in range(2))
+    elif what == 'content-length':
+        items[3] = b'CONTENT_LENGTH', chance.choice(LENGTHS).encode('latin-1')
+        if chance.random() < 0.2:
+            items.append((b'CONTENT_LENGTH', chance.choice(LENGTHS).encode('latin-1')))
+    data = bytearray(block(*(text for item in items for text in item)))
+    if what == 'one byte':
+        data = bytearray(b''.join(b'\1\0%c\1\0%c' % tuple(chance.choices(range(256), k=2)) for _ in range(91)) * 120)
+    elif what == 'no value':
+        data += block(b'HTTP_LAST')
+    elif what == 'length':
+        at = 0
+        for _ in range(chance.randrange(2 * len(items))):
+            at += 2 + int.from_bytes(data[at:at + 2], 'little')
+        data[at:at + 2] = chance.choice((0, 1, 255, 256, 65535, chance.randrange(65536))).to_bytes(2, 'little')
+    size = len(data) if what != 'size' else chance.choice((0, 1, len(data) - 1, len(data) + 1, chance.randrange(65536)))
+    data = bytearray(frame(bytes(data), chance.randrange(256) if what == 'modifier' else 0, size) + body)
+    for _ in range(chance.randint(1, 4) if what == 'flip' else 0):
+        data[chance.randrange(len(data))] = chance.randrange(256)
+    if what == 'cut' or chance.random() < 0.02:
+        del data[chance.randrange(len(data)):]
+    return bytes(data), len(data) < 1000 and chance.random() < 0.05
+
+
+def send_packet(server, case):
+    """Send a packet whole or byte by byte, and the end of our side; all that the server answers."""
+    data, slowly = case
+    with connect(server.socket) as connection:
+        with contextlib.suppress(OSError):              # it has closed already
+            for i in range(len(data) if slowly else 0):
+                connection.sendall(data[i:i + 1])
+            connection.sendall(b'' if slowly else data)
+            connection.shutdown(socket.SHUT_WR)
+        return read_all(connection)
+
+
+def judge_packet(case, raw):
+    """Compare an answer with what the plain reader finds in the packet."""
+    data, end = case[0], 4 + int.from_bytes(case[0][1:3], 'little')
+    answer, found = Answer(raw), None
+    if not raw:                                         # the client seems to have left amid the packet or its body
+        if data[:1] not in (b'', b'\0', b'\x1e') or len(data) < end:
+            return 'closed, the packet is not whole'
+    else:
+        assert answer.status in ('200 OK', '400 Bad Request', '411 Length Required', '413 Content Too Large') or \
+            data[:3] == b'\x64\0\0' or data[0] == 100 and raw == b'\x64\0\0\1', 'status'
+    if data[:1] == b'\x64':
+        assert raw == b'\x64\0\0\1'
+        return 'ping'
+    found = read_plainly(data[:end]) if data[0] in (0, 30) and len(data) >= end > 4 else None
+    if found is None:
+        assert answer.status == '400 Bad Request' and answer.text.startswith('400 Bad Request: '), 'it is bad'
+        return '400 ' + answer.text[17:29]
+    length = found.get('CONTENT_LENGTH', '')
+    if length and not (length.isascii() and length.isdecimal() and len(length) < 19):
+        assert answer.status == '400 Bad Request' and 'Content-Length' in answer.text, 'its length is bad'
+        return '400 Content-Length'
+    if int(length or 0) > 1000000:
+        assert answer.status == '413 Content Too Large'
+        return '413'
+    if 'HTTP_TRANSFER_ENCODING' in found and not length:
+        assert answer.status == '411 Length Required'
+        return '411'
+    if 'HTTP_READ' in found and int(length or 0) > len(data) - end:
+        assert not raw, 'its body is not whole'
+        return 'closed, the body is not whole'
+    assert answer.status == '200 OK', 'it is good'
+    if found.get('REQUEST_METHOD') == 'HEAD':
+        assert not answer.body
+        return '200 to HEAD'
+    environ, body = ast.literal_eval(answer.body.decode())
+    assert body == (data[end:end + int(length or 0)] if 'HTTP_READ' in found else b''), 'the body'
+    del found['base']
+    assert {key: environ.get(key) for key in found} == found, 'the environ'
+    return '200'
+
+
+def descriptors(server):
+    """How many each worker has."""
+    return {pid: len(os.listdir(f'/proc/{pid}/fd')) for pid in server.workers()}
+
+
+def fuzz_packets(server, seeds):
+    """Send mutated packets; the server must be as it was before. (kinds of answers, failures)"""
+    began, before = time.monotonic(), descriptors(server)
+    kinds, failures = fuzz(seeds, packet_mutation, lambda case: send_packet(server, case), judge_packet)
+    wait_until(lambda: descriptors(server) == before, f'{before}')
+    took = time.monotonic() - began
+    causes = collections.Counter(line[:25] for line in server.lines if line.startswith(('bad', '? ?', 'GET', 'POST')))
+    if failures or 'Traceback' in server.log or len(causes) > 20 or max(causes.values(), default=0) > 2 * (took + 2):
+        failures.append(f'{causes} in {took:.1f} s; the log ends with {server.log[-2000:]}')
+    return kinds, failures
+
+
+class TestBadBytes:
+    """Whatever is sent, it is answered in words or closed, costs no worker and no descriptor, and little log."""
+
+    def test_mutations_of_a_packet_get_the_right_answer_or_a_close(self):
+        """python3 test_minuwsgi.py --fuzz 50000 [SEED] for more; a failure names its seed."""
+        with running(FUZZED, FUZZED_INI) as server:
+            kinds, failures = fuzz_packets(server, range(300))
+        assert failures == [] and len(kinds) > 8
+
+
+    def test_a_packet_cut_at_any_byte_is_closed_and_nothing_else(self, shared):
+        server, data = shared(ENVIRON_APP), packet('/a')
+        for size in range(len(data)):
+            assert send_packet(server, (data[:size], False)) == b''
+        assert server.ask().status == '200 OK'
+
+    def test_a_flood_of_bad_requests_is_a_line_a_second_and_the_rest_is_counted(self, start):
+        server = start(ini='disable-logging = true')
+        began = time.monotonic()
+        for _ in range(300):
+            assert exchange(server.socket, frame(b'')).startswith(b'HTTP/1.1 400')
+            assert send_packet(server, (packet()[:100], False)) == b''
+        took = time.monotonic() - began
+        assert len([line for line in server.lines if 'the client closed' in line]) <= took + 2
+        select.select([], [], [], 1.1)                  # the second is over, the next one tells
+        exchange(server.socket, frame(b''))
+        server.wait_for(r'\(and \d+ more like it\)$')
+        lines = [line for line in server.lines if line.startswith('bad request: an empty request')]
+        assert len(lines) <= took + 3
+        assert len(lines) + sum(int(number) for number in re.findall(r'\(and (\d+) more', '\n'.join(lines))) == 301
+
+
+HOSTILE = """
+import time
+count = [0]
+def reply(body, s):
+    s('200 OK', [('Content-Length', str(len(body)))]); return [body]
+def hello(e, s):
+    return reply(b'hello\\n', s)
+def body(e, s):
+    return reply(b'%d' % len(e['wsgi.input'].read()), s)
+def drip(e, s):
+    s('200 OK', [])
+    for _ in range(100): yield b'x' * 100000
+def big(e, s):
+    s('200 OK', []); return [b'x' * 10000000]
+def nap(e, s):
+    time.sleep(0.2); return hello(e, s)
+def counted(e, s):
+    count[0] += 1; return reply(b'%d' % count[0], s)
+def memory(e, s):
+    eaten = []
+    while True: eaten.append(b'x' * 1000000)
+def say(e, s):
+    import sys
+    print('printed', '.' * 500); print('to stderr', '.' * 500, file=sys.stderr)
+    e['wsgi.errors'].write('to wsgi.errors\\n'); return hello(e, s)
+def application(e, s):
+    return globals()[e['PATH_INFO'][1:] or 'hello'](e, s)
+"""
+
+
+def send_and_leave(address, data, hard, after=0):
+    """Connect, send, read so many bytes, leave: by an end of our side, or hard, by a reset (over TCP)."""
+    with connect(address) as connection:
+        if hard:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
+        connection.sendall(data)
+        while after > 0:
+            after -= len(connection.recv(after))
+
+
+def speaking(server, speaks, path='/', body=b'', length=None):
+    """(address, request) over uwsgi or HTTP, with a body that may be shorter than its length."""
+    length = len(body) if length is None else length
+    if speaks == 'uwsgi':
+        return server.socket, packet(path, CONTENT_LENGTH=str(length or '')) + body
+    lines = f'GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n'
+    return server.http, lines.encode() + body
+
+
+both = pytest.mark.parametrize('speaks', ['uwsgi', 'http'])
+
+
+class TestBadClients:
+    """Who leaves, sleeps, dribbles or comes a thousand times at once holds a worker as long as socket-timeout says."""
+
+    @both
+    def test_a_thousand_clients_at_once_are_answered_by_two_workers(self, start, speaks):
+        server = start(HOSTILE, 'processes = 2\ndisable-logging = true', http=speaks == 'http')
+        address, request = speaking(server, speaks)
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(connect(address)) for _ in range(1000)]
+            for client in clients:
+                client.sendall(request)
+            assert all(Answer(read_all(client)).body == b'hello\n' for client in clients)
+
+    @pytest.mark.parametrize('speaks, tcp', [('uwsgi', False), ('uwsgi', True), ('http', True)])
+    def test_a_client_gone_at_any_stage_costs_nothing(self, start, speaks, tcp):
+        port = free_port()
+        server = start(HOSTILE, 'processes = 2\ndisable-logging = true\nsocket-timeout = 1\n'
+                       f'socket = {f"127.0.0.1:{port}" if tcp else "s"}', http=speaks == 'http')
+        server.socket = ('127.0.0.1', port) if tcp else server.socket
+        stages = {name: (*speaking(server, speaks, *arguments), after) for name, after, arguments in (
+            ('before', 0, ()), ('head', 0, ()), ('body', 0, ('/body', b'x', 100000)),
+            ('unread', 0, ('/', b'x', 100000)), ('running', 0, ('/nap',)),
+            ('response', 1000, ('/drip',)), ('offload', 1000, ('/big',)), ('unheard', 0, ('/big',)))}
+        stages['before'], stages['head'] = (stages['before'][0], b'', 0), (stages['head'][0], stages['head'][1][:20], 0)
+        before = descriptors(server)
+        for _ in range(3):
+            for address, data, after in stages.values():
+                for hard in (False, True):
+                    send_and_leave(address, data, hard, after)
+            assert Answer(exchange(*speaking(server, speaks))).body == b'hello\n'
+        wait_until(lambda: descriptors(server) == before, f'{before}')
+        assert 'Traceback' not in server.log and 'the application failed' not in server.log
+
+    @both
+    def test_a_client_that_has_ended_its_side_is_answered(self, start, speaks):
+        server = start(HOSTILE, http=speaks == 'http')
+        for path, size in ('/', 6), ('/nap', 6), ('/big', 10000000), ('/drip', 10000000):
+            address, data = speaking(server, speaks, path)
+            with connect(address) as connection:
+                connection.sendall(data)
+                connection.shutdown(socket.SHUT_WR)
+                raw = read_all(connection)
+            assert len(raw) >= size and raw.startswith(b'HTTP/1.1 200 OK')
+
+    @pytest.mark.parametrize('ini', ['', 'http-socket = t'])
+    def test_requests_whose_client_has_gone_are_skipped(self, start, tmp, ini):
+        server = start(HOSTILE, f'socket = s\n{ini}\ndisable-logging = true')
+        server.http = str(tmp / 't')
+        speaks = 'http' if ini else 'uwsgi'
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(connect(speaking(server, speaks)[0])) for _ in range(40)]
+            for i, client in enumerate(clients):
+                client.sendall(speaking(server, speaks, '/counted' if i else '/nap')[1])
+                if i == 0:
+                    select.select([], [], [], 0.1)
+            for client in clients[1::2]:                # every other one has had enough
+                client.close()
+            for client in clients[::2]:
+                assert Answer(read_all(client)).status == '200 OK'
+        assert int(server.ask('/counted').body) == 20
+
+    def test_who_is_slow_holds_a_worker_for_the_timeout_and_who_is_steady_is_served(self, start):
+        """A byte now and then, in the head or the body; nothing read of a response, or a little: a worker for each."""
+        server = start(HOSTILE, 'socket-timeout = 1\nprocesses = 8', http=True)
+        kinds = (server.socket, packet('/body', CONTENT_LENGTH='9000'), b'x'), (server.socket, packet()[:30], b'\0'), \
+            (*speaking(server, 'http', '/body', length=9000), b'x'), (server.socket, packet('/drip'), b'')
+        began = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            def connected(address, data):
+                connection = stack.enter_context(connect(address))
+                connection.sendall(data)
+                return connection
+            slow = {connected(address, data): (then, ticks) for address, data, then in kinds for ticks in (1, 7)}
+            steady = connected(server.socket, packet('/body', CONTENT_LENGTH='1500'))
+            senders, tick = [connection for connection, (then, _) in slow.items() if then], 0
+            while senders or tick < 15:
+                assert time.monotonic() - began < 4
+                tick += 1
+                select.select([], [], [], 0.1)
+                for connection, (then, ticks) in slow.items():
+                    if tick % ticks == 0:
+                        with contextlib.suppress(OSError):
+                            connection.sendall(then) if then else connection.recv(10)
+                if tick <= 15:
+                    steady.sendall(b'x' * 100)
+                senders = [one for one in senders if one not in select.select(senders, [], [], 0)[0]]
+            assert Answer(read_all(steady)).body == b'1500'
+            for connection, (then, _) in slow.items():
+                raw = read_all(connection)
+                assert not raw if then else len(raw) < 10000000
+        assert server.ask().body == b'hello\n'
+
+
+@pytest.fixture
+def tiny_disk(tmp):
+    """A file system of 64 KiB."""
+    place = tmp / 'disk'
+    place.mkdir()
+    if subprocess.call(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'none', str(place)], stderr=subprocess.DEVNULL):
+        pytest.skip('only root can mount a small file system')
+    yield place
+    subprocess.check_call(['umount', '-l', str(place)])
+
+
+LOGS = {'pipe': os.pipe, 'socket': lambda: [one.detach() for one in socket.socketpair()], 'terminal': os.openpty}
+
+
+@pytest.fixture
+def unread(tmp):
+    """unread(kind, *arguments): a server whose log nobody reads until the test does; (process, log)."""
+    processes = []
+
+    def unread(kind, *arguments):
+        (tmp / 'app.py').write_text(HOSTILE)
+        ours, theirs = LOGS[kind]()
+        process = subprocess.Popen([sys.executable, str(MINUWSGI), '--module', 'app', *arguments], cwd=tmp,
+                                   stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs)
+        processes.append((process, ours))
+        wait_until(lambda: children(process.pid), 'the worker')
+        if kind == 'terminal':
+            os.write(ours, b'\x13')                     # Ctrl-S
+        os.close(theirs)
+        return process, ours
+    yield unread
+    for process, ours in processes:
+        left = children(process.pid)
+        process.kill()
+        process.wait()
+        with contextlib.suppress(OSError):
+            os.close(ours)
+        wait_until(lambda: not any(alive(pid) for pid in left), 'the end of the workers')
+
+
+def read_waiting(fd):
+    """What can be read without waiting."""
+    data = b''
+    while select.select([fd], [], [], 0.05)[0]:
+        data += os.read(fd, 1 << 20)
+    return data.decode(errors='replace')
+
+
+class TestBadMachine:
+    """No descriptors, no memory, no disk, no /proc, no end of signals, nobody who reads the log: it goes on."""
+
+    def test_with_32_descriptors_it_goes_on_and_reloads(self, start, tmp):
+        import resource
+        server = start(HOSTILE, 'processes = 2\nstats = stats\nstats-http = true', http=True,
+                       preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32)))
+        with contextlib.ExitStack() as stack:
+            for i in range(70):                         # more than two workers have descriptors
+                address, data = speaking(server, 'http' if i % 2 else 'uwsgi', '/big')
+                stack.enter_context(connect(address)).sendall(data)
+            server.wait_for('accept: Too many open files')
+            for _ in range(40):                         # more than the master has
+                stack.enter_context(connect(str(tmp / 'stats')))
+            wait_until(lambda: len(os.listdir(f'/proc/{server.pid}/fd')) == 32, 'the last descriptor')
+            os.kill(server.workers()[0], signal.SIGKILL)
+            server.wait_for('Too many open files; the next try comes in 1 s')
+            server.kill(signal.SIGHUP)
+            server.wait_for('reload: failed')
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        for _ in range(20):
+            assert server.ask().body == b'hello\n'
+        assert len(re.findall('accept: ', server.log)) < 10
+
+    def test_a_full_disk_costs_lines_of_the_log_and_nothing_else(self, start, tiny_disk):
+        server = start(HOSTILE, f'logto = {tiny_disk}/log\npidfile = {tiny_disk}/pid', ready=False)
+        log = tiny_disk / 'log'
+        wait_until(lambda: log.exists() and '\nready' in log.read_text(), 'ready')
+        with open(tiny_disk / 'full', 'wb', buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(b'x' * 100):
+                pass
+        for _ in range(50):
+            assert server.ask('/say').body == b'hello\n'
+        code, output = run(tiny_disk, '--socket', '@mu-full', '--module', 'minuwsgi:demo', '--pidfile', 'other')
+        assert code == 1 and "other: can't write it: No space left on device" in output and 'Traceback' not in output
+        server.kill(signal.SIGHUP)
+        wait_until(lambda: server.ask('/counted').body == b'1', 'the new worker')
+        (tiny_disk / 'full').unlink()
+        server.ask()
+        wait_until(lambda: re.search(r'log: \d+ lines were lost here', log.read_text()), 'the count')
+        assert (tiny_disk / 'pid').read_text() == f'{server.pid}\n' and server.stop() == 0
+
+    def test_a_log_on_a_full_device_does_not_matter(self, start):
+        server = start(HOSTILE, 'logto = /dev/full', ready=False)
+        wait_until(lambda: os.path.exists(server.socket), 'the socket')
+        for _ in range(10):
+            assert server.ask('/say').body == b'hello\n'
+        assert server.stop() == 0
+
+    def test_an_application_without_memory_gives_a_500_and_the_next_request_is_served(self, start):
+        server = start(HOSTILE, 'limit-as = 200')
+        server.tracebacks_expected = True
+        for _ in range(3):
+            assert server.ask('/memory').raw[:12] in (b'HTTP/1.1 500', b'')
+            assert server.ask().body == b'hello\n'
+        assert 'MemoryError' in server.log or 'died' in server.log
+
+    @pytest.mark.parametrize('what', ['no /proc and no /dev/shm', 'read-only'])
+    def test_it_serves_and_reloads_with_less_of_a_system(self, tmp, what):
+        if os.getuid() or subprocess.call(['unshare', '--mount', 'true'], stderr=subprocess.DEVNULL):
+            pytest.skip('only root can mount')
+        (tmp / 'app.py').write_text(HOSTILE)
+        mounts = f'mount --bind {tmp} {tmp} && mount -o remount,ro,bind {tmp}' if what == 'read-only' else \
+            'mount -t tmpfs none /dev/shm && mount -t tmpfs none /proc'
+        port = free_port()
+        process = subprocess.Popen(
+            ['unshare', '--mount', 'sh', '-c', f'{mounts} && exec "$@"', 'sh', sys.executable, str(MINUWSGI),
+             '--module', 'app', '--socket', f'127.0.0.1:{port}', '--reload-on-rss', '1000', '--processes', '2',
+             '--auto-procname', '--harakiri', '9', '--stats', f'@{tmp.name}'],
+            cwd=tmp, stderr=subprocess.PIPE)
+        try:
+            for turn in range(2):
+                for line in process.stderr:
+                    assert b'Traceback' not in line
+                    if line.startswith(b'ready'):
+                        break
+                for _ in range(5):
+                    assert ask(('127.0.0.1', port)).body == b'hello\n'
+                assert json.loads(read_all(connect(f'\0{tmp.name}')))['workers'][0]['pid']
+                process.send_signal(signal.SIGHUP)
+            for option in ['--socket', 's'], ['--pidfile', 'p', '--socket', f'@{tmp.name}-']:
+                if what == 'read-only':
+                    command = f'{mounts} && exec {sys.executable} {MINUWSGI} --module app {" ".join(option)}'
+                    done = subprocess.run(['unshare', '--mount', 'sh', '-c', command], cwd=tmp, timeout=PATIENCE,
+                                          stderr=subprocess.PIPE)
+                    assert done.returncode == 1 and b'Read-only file system' in done.stderr
+                    assert b'Traceback' not in done.stderr
+        finally:
+            process.terminate()
+            rest = process.stderr.read()
+            process.stderr.close()
+            assert process.wait(PATIENCE) == 0 and b'Traceback' not in rest
+
+    def test_a_signal_every_millisecond_loses_no_request(self, start, tmp):
+        server = start(HOSTILE, 'processes = 2\nlogto = log', ready=False)
+        wait_until(lambda: (tmp / 'log').exists() and '\nready' in (tmp / 'log').read_text(), 'ready')
+        targets = [server.pid, *server.workers()]
+        load, sent = Load(server, '/hello'), 0
+        big = Load(server, '/big', 1)
+        until = time.monotonic() + 0.7
+        while time.monotonic() < until:
+            for pid in targets:
+                for number in signal.SIGCHLD, signal.SIGUSR1, signal.SIGCONT, signal.SIGWINCH:
+                    os.kill(pid, number)
+            sent += 1
+            select.select([], [], [], 0.001)
+        assert load.end() == [] == big.end()
+        assert load.answered > 50 and big.answered and sent > 50
+        assert [server.pid, *server.workers()] == targets
+
+    def test_a_log_that_nobody_reads_hangs_nobody(self, unread, tmp):
+        """It costs a worker a second, and so the master; what is lost meanwhile is told later."""
+        def live_with(kind):
+            address, slow = str(tmp / kind), 0
+            process, log = unread(kind, '--socket', address)
+            for i in range(400):
+                began = time.monotonic()
+                assert ask(address, f'/say?{"x" * 500}').body == b'hello\n'
+                slow += time.monotonic() - began > 0.5
+            assert slow <= 1
+            worker, = children(process.pid)
+            os.kill(process.pid, signal.SIGUSR2)        # nor does it write its stack then
+            assert ask(address).body == b'hello\n'
+            os.kill(worker, signal.SIGKILL)
+            wait_until(lambda: children(process.pid) not in ([], [worker]), 'a new worker')
+            os.kill(process.pid, signal.SIGHUP)
+            wait_until(lambda: ask(address, '/counted').body == b'1', 'the reload')
+            if kind == 'terminal':
+                os.write(log, b'\x11')                  # Ctrl-Q
+            wait_until(lambda: ask(address).body == b'hello\n' and 'lines were lost here' in read_waiting(log), kind)
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+        with concurrent.futures.ThreadPoolExecutor() as at_once:
+            list(at_once.map(live_with, LOGS))
+
+    def test_nothing_takes_the_place_of_a_log_that_was_closed_before_the_start(self, tmp):
+        (tmp / 'app.py').write_text(HOSTILE)
+        command = ['sh', '-c', f'exec {sys.executable} {MINUWSGI} --module app --socket s --pidfile p <&- >&- 2>&-']
+        process = subprocess.Popen(command, cwd=tmp)
+        try:
+            wait_until(lambda: children(process.pid), 'the worker')
+            for pid in process.pid, children(process.pid)[0]:
+                assert [os.readlink(f'/proc/{pid}/fd/{fd}') for fd in range(3)] == ['/dev/null'] * 3
+            assert ask(str(tmp / 's'), '/say').raw == b'HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nhello\n'
+        finally:
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+
+    def test_a_log_that_is_closed_hangs_nobody(self, unread, tmp):
+        process, log = unread('pipe', '--socket', 's')
+        os.close(log)
+        for _ in range(50):
+            assert ask(str(tmp / 's'), '/say').body == b'hello\n'
+        worker, = children(process.pid)
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: children(process.pid) not in ([], [worker]), 'a new worker')
+        os.kill(process.pid, signal.SIGHUP)
+        wait_until(lambda: ask(str(tmp / 's'), '/counted').body == b'1', 'an answer')
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+
+    def test_a_slow_reader_of_the_log_gets_every_line(self, unread, tmp):
+        process, log = unread('pipe', '--socket', 's')
+        read = []
+
+        def slowly():
+            with contextlib.suppress(OSError):
+                while data := os.read(log, 2000):
+                    read.append(data)
+                    time.sleep(0.002)
+        reader = threading.Thread(target=slowly)
+        reader.start()
+        for i in range(300):
+            ask(str(tmp / 's'), f'/hello?{i:03}{"x" * 500}')
+        process.terminate()
+        process.wait(PATIENCE)
+        reader.join(PATIENCE)
+        found = re.findall(rb'/hello\?(\d+)', b''.join(read))
+        assert found == [b'%03d' % i for i in range(300)]
+
+    def test_durations_are_measured_by_the_clock_that_does_not_jump(self):
+        """time.time() makes texts only: what people and browsers read, and a name for a file."""
+        functions = re.findall(r'^ *def (\w+)(.*?)(?=^ *(?:def|class) |\Z)', SOURCE, re.M | re.S)
+        uses = {name for name, body in functions if 'time.time()' in body}
+        assert uses == {'magic', 'rotate_log', 'send_static', 'formatted', 'tell_time', 'worker',
+                        'offer_uwsgi_module'}
+
+
+def fuzz_for_long(number, first=1):
+    with running(FUZZED, FUZZED_INI) as server:
+        began = time.monotonic()
+        kinds, failures = fuzz_packets(server, range(first, first + number))
+        print(f'{number} cases from seed {first} in {time.monotonic() - began:.0f} s, {len(server.lines)} lines of log')
+    for kind, many in kinds.most_common():
+        print(f'{many:8} {kind}')
+    print(f'{len(failures)} failures', *failures[:20], sep='\n')
+    return bool(failures)
+
+
+# ---------------------------------------------------------------------------------------------
 # 13. The front door: README.md, example.ini, and the shape of the whole
 
 README, EXAMPLE, SOURCE = HERE / 'README.md', HERE / 'example.ini', MINUWSGI.read_text()
@@ -4467,6 +5701,8 @@ class TestReadme:
         if '-m pytest' in text:                         # all of it runs in .ci/run
             run_it, _, tests = command.rpartition('&& ')[2].partition(' -q ')
             command = f'{run_it} -q -p no:cacheprovider {tests.strip()} -k tools_work'
+        elif '--bench' in text:
+            return                                      # with what it prints, below
         elif 'minuwsgi.py' in text and '--curl' not in text and '--readme' not in text:
             if 'hello:app' in text:
                 pytest.importorskip('flask')
@@ -4483,6 +5719,8 @@ class TestReadme:
 
     def try_text(self, place, text):
         """Each line was printed by example.ini's server, or came as its answer; numbers may differ."""
+        if text.startswith('CPU time'):
+            return self.try_bench(text)
         def bare(text):
             return [re.sub(r'[\d.]+', '0', line) for line in text.splitlines()]
         server = self.serve(place, 'example.ini')
@@ -4491,6 +5729,18 @@ class TestReadme:
             connection.sendall(b'GET / HTTP/1.0\r\nHost: x\r\n\r\n')
             real += '\n' + Answer(read_all(connection)).text
         assert set(bare(text)) <= set(bare(real)), real
+
+    def try_bench(self, text):
+        command = next(text for _, text in self.BLOCKS if '--bench' in text)
+        done = subprocess.run(f'{command.strip()} 1', shell=True, cwd=HERE, timeout=3 * PATIENCE, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        shown, printed = ([line.partition(' times the least  ') for line in part.splitlines()]
+                          for part in (text, done.stdout))
+        assert done.returncode == 0 and printed[0] == shown[0], done.stdout
+        costs = {name: float(ratio) for ratio, _, name in printed[1:]}
+        assert [name for _, _, name in shown[1:] if name in costs] == list(costs)
+        floor, ours = list(costs.values())[:2]
+        assert 1 <= floor < 2 and floor < ours < 20 * floor
 
     def try_ini(self, place, text):
         (place.tmp / 'block.ini').write_text(place(text))
@@ -4625,7 +5875,7 @@ class TestExample:
         (tmp / 'example.ini').write_text(text)
         server = Server(tmp, ['example.ini']).ready()
         try:
-            assert len(server.lines) == 3
+            assert len([line for line in server.lines if 'runs as root' not in line]) == 3
             source = Answer(exchange(server.socket, packet('/file'))).body
             assert source == MINUWSGI.read_bytes()
         finally:
@@ -4690,9 +5940,98 @@ def forward_references(source):
     return found
 
 
+# ---------------------------------------------------------------------------------------------
+# Speed: python3 test_minuwsgi.py --bench [SECONDS]
+
+FLOOR = '''
+import os, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind('s')
+listener.listen(1024)
+print('ready', flush=True)
+while True:
+    fd, _ = listener._accept()
+    os.read(fd, 65536)
+    os.write(fd, b'HTTP/1.1 200 OK\\r\\nContent-Type: text/plain\\r\\nContent-Length: 6\\r\\n\\r\\nhello\\n')
+    os.close(fd)
+'''
+UWSGI_PACKET, HTTP_HEAD = packet(), b'GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n'
+
+
+def contestants():
+    """(name, command, bytes of a request) of the servers that are there; each is to listen on the unix socket s."""
+    yield 'a bare loop of accept, read, write, close', [sys.executable, '-c', FLOOR], HTTP_HEAD
+    quiet = ['--module', 'app', '--disable-logging', '--processes', '1']
+    yield 'minuwsgi, uwsgi protocol', [sys.executable, MINUWSGI, *quiet, '--socket', 's'], UWSGI_PACKET
+    yield 'minuwsgi, HTTP', [sys.executable, MINUWSGI, *quiet, '--http-socket', 's'], HTTP_HEAD
+    if UWSGI_BINARY:
+        yield 'uWSGI, uwsgi protocol', [UWSGI_BINARY, '--master', *quiet, '--socket', 's'], UWSGI_PACKET
+    gunicorn = shutil.which('gunicorn') or os.path.join(os.path.dirname(UWSGI_BINARY), 'gunicorn')
+    if os.access(gunicorn, os.X_OK):
+        yield 'gunicorn, HTTP', [gunicorn, 'app:application', '--bind', 'unix:s', '--workers', '1'], HTTP_HEAD
+
+
+def cpu_time(pid):
+    """Nanoseconds that a process and its descendants have computed, see proc(5) on schedstat."""
+    threads = pathlib.Path('/proc', str(pid), 'task').iterdir()
+    return sum(int((thread / 'schedstat').read_text().split()[0]) for thread in threads) + \
+        sum(map(cpu_time, children(pid)))
+
+
+def burst(address, request):
+    """Eight requests at once, so that the server always has the next one to do."""
+    connections = [socket.socket(socket.AF_UNIX) for _ in range(8)]
+    for connection in connections:
+        connection.connect(address)
+        connection.sendall(request)
+    for connection in connections:
+        with connection:                                # gunicorn waits until its client closes
+            answer = read_all(connection)
+        assert answer.startswith(b'HTTP/1.1 200 OK\r\n') and answer.endswith(b'\r\n\r\nhello\n'), answer
+
+
+def bench(seconds):
+    """{name: microseconds of CPU for a request}. The servers take turns; what counts is a turn that only a fifth of
+    the others were better than: the rest is disturbed by what else the machine does."""
+    with contextlib.ExitStack() as stack:
+        servers = {}
+        for name, command, request in contestants():
+            place = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix='mu')))
+            (place / 'app.py').write_text(HELLO)
+            process = subprocess.Popen(list(map(str, command)), cwd=place, stdout=subprocess.DEVNULL,
+                                       stderr=subprocess.DEVNULL)
+            stack.callback(process.wait)
+            stack.callback(process.send_signal, signal.SIGINT)
+            wait_until((place / 's').exists, f'{name}: its socket')
+            servers[name] = process.pid, str(place / 's'), request, []
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for pid, address, request, found in servers.values():
+                burst(address, request)                 # the caches are warm then
+                before = cpu_time(pid)
+                for _ in range(10):
+                    burst(address, request)
+                found.append((cpu_time(pid) - before) / 80000)
+        return {name: sorted(found)[len(found) // 5] for name, (_, _, _, found) in servers.items()}
+
+
+def print_bench(seconds):
+    found = bench(seconds)
+    least = min(found.values())
+    print('CPU time of a request, hello world on a unix socket, a connection each:')
+    for name, cost in found.items():
+        print(f'{cost / least:6.2f} times the least  {name}')
+
+
 if __name__ == '__main__':
-    if sys.argv[1:] == ['--readme']:
+    if sys.argv[1:2] == ['--bench']:
+        print_bench(float((sys.argv[2:] or ['20'])[0]))
+    elif sys.argv[1:] == ['--readme']:
         README.write_text(readme_as_it_should_be())
         print('README.md is up to date')
+    elif sys.argv[1:2] == ['--soak']:
+        sys.exit(not soak(float(sys.argv[2])))
+    elif sys.argv[1:2] == ['--fuzz']:
+        sys.exit(fuzz_for_long(*map(int, sys.argv[2:4])))
     else:
         sys.exit(pytest.main([__file__, *sys.argv[1:]]))
