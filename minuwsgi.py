@@ -826,10 +826,18 @@ class Log(io.FileIO):
             self.put = write_if_ready
 
     def write(self, line):
-        left = line
+        try:
+            sent = 0 if self.lost else self.put(self.fd, line)
+        except OSError:
+            sent = 0
+        if sent < len(line):
+            self.write_patiently(line[sent:])
+        return len(line)
+
+    def write_patiently(self, left):
         try:
             if self.lost:
-                left = b'\nlog: %d lines were lost here: it could not be written\n' % self.lost + bytes(line)
+                left = b'\nlog: %d lines were lost here: it could not be written\n' % self.lost + bytes(left)
             while left:
                 try:
                     left = left[self.put(self.fd, left):]
@@ -838,7 +846,6 @@ class Log(io.FileIO):
             self.lost = 0
         except OSError:
             self.lost += 1
-        return len(line)
 
     def wait(self):
         if time.monotonic() < Log.impatient_until or not ready_within(self.fd, select.POLLOUT, 1):
@@ -2648,6 +2655,8 @@ class Core:
         self.ready = []                                 # events that wait() has still to look at
         self.second, self.date, self.pid = 0, '', os.getpid()
         self.line_start, self.line_end = f'[pid: {self.pid}|app: 0|req: ', f'(1 switches on core {number})\n'
+        self.write_log = worker.request_log.write
+        self.total, self.log_format, self.picky = worker.total, self.config.log_format, self.config.disable_logging
         self.next_second, self.usual_end = 0.0, ''      # HTTP: when its headers change, what they are
         self.closing_end, self.known = '', {}           # known: header lines -> (environ of them, keep-alive)
         self.late = 0.0                                 # until then a client may have waited for too long
@@ -2852,24 +2861,24 @@ class Core:
         """A line in uWSGI's format, byte for byte, or in that of log-format."""
         if ended >= self.next_second:
             self.tell_time()
-        response, config, get, total = self.response, self.config, environ.get, self.worker.total
+        response, get, total = self.response, environ.get, self.total
         total[0] += 1
         took, status, head, headers = ended - began, (response.status or '500')[:3], response.head, response.headers
-        if config.disable_logging and not self.worth_a_line(status, took * 1000):
-            return
         if not response.sent:
             head, headers = b'', 0
-        address = config.log_x_forwarded_for and get('HTTP_X_FORWARDED_FOR') or get('REMOTE_ADDR', '')
-        if config.log_format:
+        address = self.config.log_x_forwarded_for and get('HTTP_X_FORWARDED_FOR') or get('REMOTE_ADDR', '')
+        if self.picky and not self.worth_a_line(status, took * 1000):
+            return
+        if self.log_format:
             line = self.formatted(environ, status, took, {
                 'addr': address, 'headers': headers, 'hsize': len(head), 'size': len(head) + response.size,
                 'vars': 2 * variables, 'pktsize': size})
         else:
-            line = (f"{self.line_start}{requests:.0f}/{total[0]}] {address} ({get('REMOTE_USER', '')}) "
+            line = (f"{self.line_start}{int(requests)}/{total[0]}] {address} ({get('REMOTE_USER', '')}) "
                     f"{{{2 * variables} vars in {size} bytes}} [{self.date}] {get('REQUEST_METHOD', '')} "
                     f"{get('REQUEST_URI', '')} => generated {response.size} bytes in {int(took * 1000)} msecs "
                     f"({get('SERVER_PROTOCOL', '')} {status}) {headers} headers in {len(head)} bytes {self.line_end}")
-        self.worker.request_log.write(line.encode('latin-1', 'backslashreplace'))
+        self.write_log(line.encode('latin-1', 'backslashreplace'))
 
     def worth_a_line(self, status, milliseconds):
         """With disable-logging, some requests are logged all the same."""
@@ -2891,14 +2900,14 @@ class Core:
             'msecs': int(took * 1e3), 'secs': f'{took:.6f}', 'tmsecs': int((now - took) * 1e3),
             'tmicros': int((now - took) * 1e6), 'time': int(now - took), 'epoch': int(now), 'ctime': self.date,
             'ltime': local, 'ftime': local, 'pid': self.pid,
-            'wid': self.worker.number, 'req': self.worker.total[0],
+            'wid': self.worker.number, 'req': self.total[0],
             'wreq': int(self.row.numbers[REQUESTS]), 'core': self.number, 'switches': 1, 'modifier1': 0,
             'modifier2': 0})
 
         def fill(name):
             value = environ.get(name[4:]) if name[:4] == 'var.' else values.get(name)
             return '-' if value in (None, '') else str(value).replace('\n', '\\n')
-        return substitute('%(', self.config.log_format, fill) + '\n'
+        return substitute('%(', self.log_format, fill) + '\n'
 
     def tell_time(self):
         """Bring the texts of the time up to date; strftime() would heed the locale."""
