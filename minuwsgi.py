@@ -1176,7 +1176,7 @@ class Expected:
         self.base = base                                # the environ without the web server's variables
         self.names = {}                                 # size's high byte + name -> name
         # start, its end, copy the template and pieces after it; the same without start; variables
-        self.plan = '\0', 5, base.copy, (), base.copy, (('nothing', 0, ''),), 0
+        self.plan = None, 4, base.copy, (), base.copy, (('nothing', 0, ''),), 0
         self.skipped = {}                               # raw -> (variables before it, constants in it and after it)
         self.countdown = 0
 
@@ -1251,15 +1251,16 @@ class Expected:
         for raw, _, name in pieces:
             self.skipped[raw] = first, [constant for i, constant in constants if i >= first]
             first = names.index(name) + 1
-        start, started, later = '\0', template, ()
+        start, end, started, later = None, 4, template, ()              # no text is equal to None
         if 'REQUEST_URI' in found:
             before = names[:names.index('REQUEST_URI')]
             begun = {name: text[slice(*found[name])] for name in before}
             if begun.get('REQUEST_METHOD') == 'GET' and begun.get('QUERY_STRING') == begun.get('CONTENT_LENGTH') == '':
-                start = text[4:found['REQUEST_URI'][0] - 2]
+                end = found['REQUEST_URI'][0] - 2
+                start = text[4:end]
                 started = {**template, **begun}
                 later = ('', 0, 'REQUEST_URI'), *pieces[[name for _, _, name in pieces].index('REQUEST_URI') + 1:]
-        self.plan = start, 4 + len(start), started.copy, later, template.copy, tuple(pieces), len(found)
+        self.plan = start, end, started.copy, later, template.copy, tuple(pieces), len(found)
 
 
 # ---------------------------------------------------------------------------------------------

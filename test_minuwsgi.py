@@ -1228,6 +1228,13 @@ class TestUwsgi:
         assert server.ask(REQUEST_METHOD='HEAD').body == b''
         assert b'this is HTTP' in exchange(server.socket, b'GET / HTTP/1.1\r\n\r\n')
 
+    def test_the_first_packet_may_be_a_bad_one(self, start):
+        data, words = BAD_PACKETS['an empty name']
+        server = start(ENVIRON_APP)
+        assert words in Answer(exchange(server.socket, data)).text
+        exchange(server.socket, minuwsgi.pack_request({'REQUEST_METHOD': 'GET', 'PATH_INFO': '/'}))     # makes another plan
+        assert words in Answer(exchange(server.socket, data)).text
+
     def test_the_last_variable_may_tell_the_scheme(self, start):
         server = start(app=ENVIRON_APP)
         for scheme in 'http', 'https', 'http':          # the first packet is what the plan is made of
