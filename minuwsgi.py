@@ -4306,7 +4306,11 @@ class Start:
         self.environment = {name: value for name, value in os.environ.items() if name != RELOADED}
         original = getattr(sys, 'orig_argv', None)      # Python 3.10
         before = [option for option in original[1:-len(sys.argv)] if option != '-m'] if original else []
-        self.command = [sys.executable, *before, os.path.abspath(sys.argv[0]), *arguments]
+        script, module = os.path.abspath(sys.argv[0]), sys.modules['__main__'].__spec__
+        self.program = ['-m', module.name] if module else [script]
+        self.command = [sys.executable, *before, *self.program, *arguments]
+        if os.path.dirname(script) != os.getcwd():      # another Python may find no module of that name
+            self.program = [script]
         self.directory = os.open('.', os.O_RDONLY)
         self.parent = None
 
@@ -4403,7 +4407,7 @@ def prepare(config):
     sys.modules.setdefault('minuwsgi', sys.modules[__name__])       # `module = minuwsgi:demo` is this file
 
 
-def enter_python(config):
+def enter_python(config, start):
     """Go on as the Python of `virtualenv`, unless this is it."""
     directory = os.path.abspath(config.virtualenv or sys.prefix)
     if os.path.realpath(sys.prefix) == os.path.realpath(directory):
@@ -4412,7 +4416,7 @@ def enter_python(config):
     if not os.access(python, os.X_OK):
         there = 'it has no bin/python' if os.path.isdir(directory) else 'there is no such directory'
         raise ConfigError(f'virtualenv = {directory}: {there}; make one with: python3 -m venv {directory}')
-    os.execv(python, [python, os.path.abspath(sys.argv[0]), *sys.argv[1:]])
+    os.execv(python, [python, *start.program, *sys.argv[1:]])
 
 
 def try_address(address):
@@ -4717,7 +4721,7 @@ def main(arguments):
             show_config(config)
             return 0
         try:
-            enter_python(config)
+            enter_python(config, start)
         except ConfigError as error:
             config.errors.append(str(error))
         if config.check:

@@ -158,11 +158,11 @@ class Server:
     """A running minuwsgi: `lines` is its log so far, `socket` the path where it speaks uwsgi,
     `http` the (host, port) where it speaks HTTP."""
 
-    def __init__(self, directory, arguments, python=sys.executable, environment=(), **popen):
+    def __init__(self, directory, arguments, python=sys.executable, environment=(), program=(str(MINUWSGI),), **popen):
         self.directory, self.socket, self.http = directory, str(directory / 's'), None
         self.lines, self.tracebacks_expected = [], False
         self.changed = threading.Condition()
-        self.process = subprocess.Popen([python, str(MINUWSGI), *map(str, arguments)], cwd=directory,
+        self.process = subprocess.Popen([python, *program, *map(str, arguments)], cwd=directory,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                                         env={**os.environ, 'PYTHONDONTWRITEBYTECODE': '1', **dict(environment)},
                                         **popen)
@@ -1232,7 +1232,7 @@ class TestUwsgi:
         data, words = BAD_PACKETS['an empty name']
         server = start(ENVIRON_APP)
         assert words in Answer(exchange(server.socket, data)).text
-        exchange(server.socket, minuwsgi.pack_request({'REQUEST_METHOD': 'GET', 'PATH_INFO': '/'}))     # makes another plan
+        exchange(server.socket, minuwsgi.pack_request({'REQUEST_METHOD': 'GET', 'PATH_INFO': '/'}))     # another plan
         assert words in Answer(exchange(server.socket, data)).text
 
     def test_the_last_variable_may_tell_the_scheme(self, start):
@@ -3488,6 +3488,17 @@ os.register_at_fork(after_in_child=lambda: threading.Thread(target=linger).start
 class TestReload:
     """A reload brings the new code and configuration, and nobody waits for it or is lost."""
 
+    def test_a_server_that_was_started_with_m_is_reloaded_with_m(self, start, tmp):
+        server = start(APPS, 'chdir2 = /', program=('-O', '-m', 'minuwsgi'),
+                       environment={'PYTHONPATH': f'{HERE}:{tmp}'})
+        for reloads in 0, 1:
+            command = pathlib.Path(f'/proc/{server.pid}/cmdline').read_bytes().split(b'\0')
+            assert command[1:5] == [b'-O', b'-m', b'minuwsgi', b'app.ini'] or sys.version_info < (3, 10) and \
+                command[1:4] == [b'-m', b'minuwsgi', b'app.ini'] and reloads
+            assert server.ask('hello').status == '200 OK'
+            server.kill(signal.SIGHUP)
+            server.wait_for('^ready', reloads + 2)
+
     @pytest.mark.parametrize('ini', ['processes = 2', 'processes = 2\nlazy-apps = true', 'processes = 2\nthreads = 3'])
     def test_reloads_under_load_lose_no_request(self, start, tmp, ini):
         server = start(APPS, ini + '\ndisable-logging = true')
@@ -3946,6 +3957,10 @@ class TestDaemon:
         assert server.stop() == 0 and not os.path.exists(server.socket)
 
 
+AS_SYSTEMD = ('import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_FDS="1", '
+              'LISTEN_PID=str(os.getpid())); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])')
+
+
 class TestSystemd:
     """Socket activation and readiness, with a stand-in for systemd."""
 
@@ -3973,11 +3988,9 @@ class TestSystemd:
             listener.bind(str(tmp / 'a'))
             listener.listen()
             (tmp / 'app.py').write_text(HELLO)
-            script = ('import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_FDS="1", '
-                      'LISTEN_PID=str(os.getpid())); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])')
-            process = subprocess.Popen([sys.executable, '-c', script, str(listener.fileno()), str(MINUWSGI),
-                '--module', 'app',
-                                        '--vacuum'], cwd=tmp, pass_fds=[listener.fileno()], stderr=subprocess.PIPE)
+            process = subprocess.Popen([sys.executable, '-c', AS_SYSTEMD, str(listener.fileno()), str(MINUWSGI),
+                                        '--module', 'app', '--vacuum'], cwd=tmp, pass_fds=[listener.fileno()],
+                                       stderr=subprocess.PIPE)
         try:
             lines = iter(process.stderr.readline, b'')
             assert any(line.startswith(b'ready') for line in lines)
@@ -5772,16 +5785,32 @@ class TestReadme:
         assert all(b'this is worker' in front.ask('readme').content for _ in range(5))
 
     def try_systemd(self, place, text):
-        """Its commands start and reload a server; its section and key names are systemd's."""
+        """A service's commands start and reload a server, with the socket if it is the unit of one; the names of
+        sections and keys are systemd's."""
         unit = configparser.ConfigParser(interpolation=None)
         unit.optionxform = str
         unit.read_string(place(text))
+        if 'Socket' in unit:
+            return self.try_activation(place, unit['Socket'])
         service = unit['Service']
-        assert set(service) == {'ExecStart', 'ExecReload', 'User', 'KillMode', 'Restart'}
-        server = self.serve(place, *service['ExecStart'].split()[2:])
+        assert set(service) == {'WorkingDirectory', 'ExecStart', 'ExecReload', 'User', 'KillMode', 'Restart'}
+        assert service['WorkingDirectory'] == str(place.tmp)
+        place.servers.append(Server(place.tmp, service['ExecStart'].split()[3:], program=('-m', 'minuwsgi')).ready())
+        server = place.servers[0]
         subprocess.run(service['ExecReload'].replace('$MAINPID', str(server.pid)).split(), check=True)
         server.wait_for('^ready', 2)
         assert server.ask().text == 'hello\n'
+
+    def try_activation(self, place, unit):
+        assert set(unit) == {'ListenStream', 'SocketMode', 'SocketGroup'}
+        path = str(place.tmp / os.path.basename(unit['ListenStream']))
+        (place.tmp / 'shop.ini').write_text('[uwsgi]\nmodule = shop.wsgi:application\n')
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            place.servers.append(Server(place.tmp, ['shop.ini'], program=('-c', AS_SYSTEMD, str(listener.fileno()),
+                                        str(MINUWSGI)), pass_fds=[listener.fileno()]).ready())
+        assert ask(path).text == 'hello\n'
 
     def test_its_tables_are_those_of_the_source(self):
         assert README.read_text() == readme_as_it_should_be(), 'run: python3 test_minuwsgi.py --readme'
@@ -5851,6 +5880,13 @@ class TestReadme:
         server, wanted = start(), self.row('speaks the uwsgi')
         assert wanted in Answer(exchange(server.socket, b'GET / HTTP/1.1\r\nHost: x\r\n\r\n')).text
         assert wanted in server.wait_for('bad request')
+
+    def test_trouble_harakiri(self, start):
+        shown = self.row('harakiri')
+        server = start('import time\ndef application(environ, start_response):\n    time.sleep(60)', 'harakiri = 1')
+        server.tracebacks_expected = True
+        assert server.ask('/report').status == '504 Gateway Timeout'
+        assert re.sub(r'\d+', '1', shown) in re.sub(r'\d+', '1', server.log)
 
     def test_trouble_no_module(self, tmp):
         code, output = run(tmp, 'shop:app', '-s', 's')
