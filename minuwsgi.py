@@ -1,21 +1,24 @@
 """minuwsgi: an application server after uWSGI's model, in one file of Python's standard library.
 
     python3 minuwsgi.py example.ini             run; --help lists the options, README.md the rest
+    python3 -m minuwsgi example.ini             the same from its bytecode: starts faster, takes less memory
     python3 minuwsgi.py --check site.ini        look for all that would stop a start
 
 The parts, from the leaves to main(); each uses only what stands above it:
 
      1 Options      settings from INI files and the command line become a Config
-     2 Log          one line, one write
+     2 Log          one line, one write; a log that nobody reads holds nobody up
      3 Sockets      Listener: bind with the right mode, refuse what isn't ours, vacuum
      4 uwsgi        the packet that nginx sends, read plainly (unpack_vars) and by guess (Expected)
      5 HTTP         a head becomes the same environ
      6 WSGI         input, Response, and the jobs that send it
-     7 Other answers: static files, CGI, Ruby and Perl under the same master
-     8 Offload      a thread that finishes the jobs for which a worker should not wait
-     9 Worker       Core.serve(), the hot path; Core.wait() for several sockets and HTTP
-    10 Master       loads, forks, watches, replaces, reloads
-    11 Command line main()
+     7 Static files and 8 Other languages: CGI, Ruby and Perl under the same master
+     9 Offload      a thread that finishes the jobs for which a worker should not wait
+    10 Worker       Core.serve(), the hot path; Core.wait() for several sockets and HTTP
+    11 Loading      the application is found, or said where it was looked for
+    12 Statistics   what each worker does, as JSON and for Prometheus
+    13 Master       forks, watches, replaces, reloads
+    14 Command line main()
 
 The life of a request. A worker waits in accept() (Core.serve). It reads the packet into its Row of the
 scoreboard, where the master can see it; the packet becomes environ (Expected, or Expected.rest). The
@@ -404,7 +407,7 @@ def magic(*places):
     return {**values, **dict(zip('0123456789', directory.strip('/').split('/') + [''] * 10))}
 
 
-RELOADED = 'MINUWSGI_RELOAD'            # the variable that hands state to the new image (part 10)
+RELOADED = 'MINUWSGI_RELOAD'            # the variable that hands state to the new image (part 13)
 
 # What `if-file = X` and the like ask of X; what `if-env` and `if-opt` find is the text for %(_).
 TESTS = {'file': os.path.isfile, 'dir': os.path.isdir, 'directory': os.path.isdir, 'exists': os.path.exists,
@@ -1958,7 +1961,7 @@ class Response:
 
 
 # ---------------------------------------------------------------------------------------------
-# 7. Other answers: static files
+# 7. Static files
 #
 # If an option asks for static files, the application is wrapped in another, which answers GET and
 # HEAD for regular files and leaves everything else to it. A path is followed to its end (links, ..)
@@ -2095,7 +2098,7 @@ def with_static_files(config, application):
 
 
 # ---------------------------------------------------------------------------------------------
-# 7b. Other languages
+# 8. Other languages
 #
 # Any program can be the worker of a master that owns the socket: with `worker-exec` each worker
 # becomes a command that finds the listening socket at its descriptor 0. php-cgi speaks FastCGI there,
@@ -2432,7 +2435,7 @@ def cgi_application(config, fallback):
 
 
 # ---------------------------------------------------------------------------------------------
-# 8. Jobs and offload threads
+# 9. Jobs and offload threads
 #
 # A client that reads slowly must not hold a worker. What is left to send is a job: a generator that
 # does what can be done at once and yields (event, seconds) when it has to wait. The worker runs it
@@ -2526,7 +2529,7 @@ class Offloader:
 
 
 # ---------------------------------------------------------------------------------------------
-# 9. Worker
+# 10. Worker
 #
 # A worker is a process that serves. Core.serve() is the hot path; for a small request behind nginx
 # it makes four system calls: accept4, read, write, close. With one socket and one thread it waits
@@ -3414,19 +3417,10 @@ class Worker:
 
 
 # ---------------------------------------------------------------------------------------------
-# 10. Master
+# 11. Loading the application
 #
-# The master owns the sockets, loads the application, forks workers and waits. Its signal handlers
-# do nothing; signal.set_wakeup_fd() makes each signal a byte in a pipe. One loop sleeps on that pipe
-# and its next deadline, and then converges: whatever happened, it compares what is with what should
-# be, and mends the difference. So a signal that comes twice, or two that merge, do no harm.
-#
-# Each worker has the read end of a lifeline, a pipe whose write end only the master holds. With
-# O_ASYNC the kernel sends SIGIO when that end closes: when the master dies, however it dies.
-#
-# A reload never takes a working site down. A child loads the new configuration and application as a
-# proof; if that fails, nothing else happens. Then the master executes itself anew with the same pid.
-# It inherits the sockets and the old workers, which go on serving, and replaces them one by one.
+# The application is loaded once, in the master before the fork: the workers share its memory, and a
+# mistake in it shows before anybody is served. Whatever fails is said with where it was looked for.
 
 def check_command(command, config):
     """Is the program there? For --check, and so before a reload: does it load its application?"""
@@ -3534,101 +3528,44 @@ class Stopped(BaseException):
     """A signal that ends the server came while it was still starting."""
 
 
-class Signals:
-    """The master's signals, as bytes in a pipe."""
-
-    def __init__(self, reloaded):
-        self.fd, self.write = os.pipe()
-        os.set_blocking(self.fd, False)
-        os.set_blocking(self.write, False)
-        if reloaded:                                    # there are workers to be stopped in order
-            self.from_now_on()
-        else:
-            self.listen(self.while_starting)
-
-    def listen(self, handler):
-        signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)
-        for number in SIGNALS:
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # they are blocked over the exec of a reload
-
-    def while_starting(self, number, _):
-        if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-            raise Stopped
-
-    def from_now_on(self):
-        """The application is loaded, and may have changed all this (asyncio does): nothing is interrupted any more."""
-        self.listen(lambda *_: None)
-
-    def read(self):
-        return os.read(self.fd, 4096)
-
-    def close(self):
-        signal.set_wakeup_fd(-1)
-        os.close(self.fd)
-        os.close(self.write)
-
-
-class Notify:
-    """Tells systemd how the server is, see sd_notify(3); only the master does."""
-
-    def __init__(self):
-        self.address = os.environ.get('NOTIFY_SOCKET', '')
-        self.watchdog = self.address and int(os.environ.get('WATCHDOG_USEC', '0')) / 2e6
-        self.last = 0.0
-
-    def __call__(self, text):
-        if self.address:
-            try:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
-                    connection.sendto(text.encode(), self.address.replace('@', '\0', 1))
-            except OSError as error:
-                log(f'NOTIFY_SOCKET: {error.strerror}')
-
-    def watch(self):
-        if self.watchdog and time.monotonic() - self.last >= self.watchdog - 0.5:
-            self.last = time.monotonic()
-            self('WATCHDOG=1')
-
-
-def oom_kills():
-    """How many processes the kernel has killed for want of memory, see proc(5)."""
+def load_or_log(config):
+    """The application, or None after its traceback was logged."""
     try:
-        with open('/proc/vmstat') as file:
-            return next((int(line.split()[1]) for line in file if line.startswith('oom_kill ')), 0)
-    except OSError:
-        return 0
+        return load_application(config)
+    except AppError as error:
+        log(f'minuwsgi: {error}')
+    except Stopped:
+        raise
+    except BaseException:
+        log_exception('minuwsgi: the application failed to load')
+    return None
 
 
-def queue(listener):
-    """(connections that wait, how many may) of a listening socket: tcp(7) TCP_INFO, sock_diag(7)."""
-    try:
-        if listener.socket.family != socket.AF_UNIX:
-            info = listener.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
-            return struct.unpack_from('=II', info, 24)          # tcpi_unacked, tcpi_sacked
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as netlink:       # NETLINK_SOCK_DIAG
-            inode = os.fstat(listener.socket.fileno()).st_ino
-            netlink.setblocking(False)
-            netlink.send(struct.pack('=IHHIIBBHIIIII', 40, 20, 1, 0, 0, socket.AF_UNIX, 0, 0, 1 << 10, inode,
-                                     0x10, 0xffffffff, 0xffffffff))                 # UDIAG_SHOW_RQLEN
-            answer = netlink.recv(4096)
-        size, kind = struct.unpack_from('=HH', answer, 32)      # behind nlmsghdr and unix_diag_msg
-        return struct.unpack_from('=II', answer, 36) if kind == 4 else (0, 0)       # UNIX_DIAG_RQLEN
-    except (OSError, AttributeError, struct.error):
-        return 0, 0
-
-
-def name_process(config, role):
-    """The name in ps and top (15 characters of it), see proc(5) on /proc/pid/comm."""
-    if not (config.auto_procname or config.procname or config.procname_prefix or config.procname_prefix_spaced):
-        return
-    prefix = config.procname_prefix or config.procname_prefix_spaced and config.procname_prefix_spaced + ' '
-    name = config.procname_master if role == 'master' and config.procname_master else config.procname
-    try:
-        with open('/proc/self/comm', 'w') as file:
-            file.write((prefix or '') + (name or f'uWSGI {role}') + (config.procname_append or ''))
-    except OSError:
-        pass                                            # not Linux, or after setuid()
+def offer_uwsgi_module(config):
+    """`import uwsgi` and `from uwsgidecorators import postfork`, for applications that have them in their
+    code: the part of uWSGI's Python module that makes sense here. A list, for become_worker(), of the
+    functions to call after the fork."""
+    import types
+    module, decorators, hooks = types.ModuleType('uwsgi'), types.ModuleType('uwsgidecorators'), []
+    master = os.getpid()
+    vars(module).update({
+        'version': __version__.encode(), 'version_info': tuple(map(int, __version__.split('.'))), 'worker': None,
+        'hostname': os.uname().nodename.encode(), 'numproc': config.processes, 'cores': config.threads,
+        'has_threads': True, 'started_on': int(time.time()), 'applications': {},
+        'opt': {setting.name: setting.value.encode() for setting in config.settings},
+        'masterpid': lambda: master if config.master else 0,
+        'worker_id': lambda: module.worker.number if module.worker else 0, 'mule_id': lambda: 0,
+        'request_id': lambda: int(module.worker.rows[0].numbers[REQUESTS]) + 1,
+        'total_requests': lambda: module.worker.total[0],
+        'workers': lambda: tuple(row.as_worker() for row in module.worker.all_rows if row.numbers[PID]),
+        'reload': lambda: os.kill(master, signal.SIGHUP) or True,
+        'stop': lambda: os.kill(master, signal.SIGTERM) or True,
+        'log': lambda message: log(message) or True, 'ready': lambda: True,
+        'set_user_harakiri': lambda seconds: module.worker.set_alarm(seconds),
+        'setprocname': lambda name: None, 'accepting': lambda: None})
+    decorators.postfork = lambda function: hooks.append(function) or function
+    sys.modules.update(uwsgi=module, uwsgidecorators=decorators)
+    return hooks
 
 
 def look_before_fork():
@@ -3648,6 +3585,30 @@ def look_before_fork():
             continue
         log(f'warning: the application opened a connection to {peer} while it was loaded: all workers would share it. '
             'Close it in each worker (os.register_at_fork(after_in_child=...)), or set lazy-apps = true')
+
+
+# ---------------------------------------------------------------------------------------------
+# 12. Statistics
+#
+# The master answers, out of the scoreboard and the kernel's numbers, so that it does even when all
+# workers are busy. What is in it has uWSGI's names: its tools read it.
+
+def queue(listener):
+    """(connections that wait, how many may) of a listening socket: tcp(7) TCP_INFO, sock_diag(7)."""
+    try:
+        if listener.socket.family != socket.AF_UNIX:
+            info = listener.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+            return struct.unpack_from('=II', info, 24)          # tcpi_unacked, tcpi_sacked
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as netlink:       # NETLINK_SOCK_DIAG
+            inode = os.fstat(listener.socket.fileno()).st_ino
+            netlink.setblocking(False)
+            netlink.send(struct.pack('=IHHIIBBHIIIII', 40, 20, 1, 0, 0, socket.AF_UNIX, 0, 0, 1 << 10, inode,
+                                     0x10, 0xffffffff, 0xffffffff))                 # UDIAG_SHOW_RQLEN
+            answer = netlink.recv(4096)
+        size, kind = struct.unpack_from('=HH', answer, 32)      # behind nlmsghdr and unix_diag_msg
+        return struct.unpack_from('=II', answer, 36) if kind == 4 else (0, 0)       # UNIX_DIAG_RQLEN
+    except (OSError, AttributeError, struct.error):
+        return 0, 0
 
 
 class Stats:
@@ -3767,35 +3728,102 @@ class Stats:
         return '\n'.join([*lines, '']).encode()
 
 
+# ---------------------------------------------------------------------------------------------
+# 13. Master
+#
+# The master owns the sockets, loads the application, forks workers and waits. Its signal handlers
+# do nothing; signal.set_wakeup_fd() makes each signal a byte in a pipe. One loop sleeps on that pipe
+# and its next deadline, and then converges: whatever happened, it compares what is with what should
+# be, and mends the difference. So a signal that comes twice, or two that merge, do no harm.
+#
+# Each worker has the read end of a lifeline, a pipe whose write end only the master holds. With
+# O_ASYNC the kernel sends SIGIO when that end closes: when the master dies, however it dies.
+#
+# A reload never takes a working site down. A child loads the new configuration and application as a
+# proof; if that fails, nothing else happens. Then the master executes itself anew with the same pid.
+# It inherits the sockets and the old workers, which go on serving, and replaces them one by one.
+
+class Signals:
+    """The master's signals, as bytes in a pipe."""
+
+    def __init__(self, reloaded):
+        self.fd, self.write = os.pipe()
+        os.set_blocking(self.fd, False)
+        os.set_blocking(self.write, False)
+        if reloaded:                                    # there are workers to be stopped in order
+            self.from_now_on()
+        else:
+            self.listen(self.while_starting)
+
+    def listen(self, handler):
+        signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # they are blocked over the exec of a reload
+
+    def while_starting(self, number, _):
+        if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            raise Stopped
+
+    def from_now_on(self):
+        """The application is loaded, and may have changed all this (asyncio does): nothing is interrupted any more."""
+        self.listen(lambda *_: None)
+
+    def read(self):
+        return os.read(self.fd, 4096)
+
+    def close(self):
+        signal.set_wakeup_fd(-1)
+        os.close(self.fd)
+        os.close(self.write)
+
+
+class Notify:
+    """Tells systemd how the server is, see sd_notify(3); only the master does."""
+
+    def __init__(self):
+        self.address = os.environ.get('NOTIFY_SOCKET', '')
+        self.watchdog = self.address and int(os.environ.get('WATCHDOG_USEC', '0')) / 2e6
+        self.last = 0.0
+
+    def __call__(self, text):
+        if self.address:
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
+                    connection.sendto(text.encode(), self.address.replace('@', '\0', 1))
+            except OSError as error:
+                log(f'NOTIFY_SOCKET: {error.strerror}')
+
+    def watch(self):
+        if self.watchdog and time.monotonic() - self.last >= self.watchdog - 0.5:
+            self.last = time.monotonic()
+            self('WATCHDOG=1')
+
+
+def oom_kills():
+    """How many processes the kernel has killed for want of memory, see proc(5)."""
+    try:
+        with open('/proc/vmstat') as file:
+            return next((int(line.split()[1]) for line in file if line.startswith('oom_kill ')), 0)
+    except OSError:
+        return 0
+
+
+def name_process(config, role):
+    """The name in ps and top (15 characters of it), see proc(5) on /proc/pid/comm."""
+    if not (config.auto_procname or config.procname or config.procname_prefix or config.procname_prefix_spaced):
+        return
+    prefix = config.procname_prefix or config.procname_prefix_spaced and config.procname_prefix_spaced + ' '
+    name = config.procname_master if role == 'master' and config.procname_master else config.procname
+    try:
+        with open('/proc/self/comm', 'w') as file:
+            file.write((prefix or '') + (name or f'uWSGI {role}') + (config.procname_append or ''))
+    except OSError:
+        pass                                            # not Linux, or after setuid()
+
+
 notify = Notify()
 SETTLED = 1.0                           # seconds after which a program counts as ready
-
-
-def offer_uwsgi_module(config):
-    """`import uwsgi` and `from uwsgidecorators import postfork`, for applications that have them in their
-    code: the part of uWSGI's Python module that makes sense here. A list, for become_worker(), of the
-    functions to call after the fork."""
-    import types
-    module, decorators, hooks = types.ModuleType('uwsgi'), types.ModuleType('uwsgidecorators'), []
-    master = os.getpid()
-    vars(module).update({
-        'version': __version__.encode(), 'version_info': tuple(map(int, __version__.split('.'))), 'worker': None,
-        'hostname': os.uname().nodename.encode(), 'numproc': config.processes, 'cores': config.threads,
-        'has_threads': True, 'started_on': int(time.time()), 'applications': {},
-        'opt': {setting.name: setting.value.encode() for setting in config.settings},
-        'masterpid': lambda: master if config.master else 0,
-        'worker_id': lambda: module.worker.number if module.worker else 0, 'mule_id': lambda: 0,
-        'request_id': lambda: int(module.worker.rows[0].numbers[REQUESTS]) + 1,
-        'total_requests': lambda: module.worker.total[0],
-        'workers': lambda: tuple(row.as_worker() for row in module.worker.all_rows if row.numbers[PID]),
-        'reload': lambda: os.kill(master, signal.SIGHUP) or True,
-        'stop': lambda: os.kill(master, signal.SIGTERM) or True,
-        'log': lambda message: log(message) or True, 'ready': lambda: True,
-        'set_user_harakiri': lambda seconds: module.worker.set_alarm(seconds),
-        'setprocname': lambda name: None, 'accepting': lambda: None})
-    decorators.postfork = lambda function: hooks.append(function) or function
-    sys.modules.update(uwsgi=module, uwsgidecorators=decorators)
-    return hooks
 
 
 class Child:
@@ -3830,19 +3858,6 @@ class Child:
 
     def answered(self):
         return sum(int(row.numbers[REQUESTS]) for row in self.rows or ())
-
-
-def load_or_log(config):
-    """The application, or None after its traceback was logged."""
-    try:
-        return load_application(config)
-    except AppError as error:
-        log(f'minuwsgi: {error}')
-    except Stopped:
-        raise
-    except BaseException:
-        log_exception('minuwsgi: the application failed to load')
-    return None
 
 
 def watch_the_end(threading, mercy, code):
@@ -4283,7 +4298,7 @@ class Master:
 
 
 # ---------------------------------------------------------------------------------------------
-# 11. Command line
+# 14. Command line
 
 def demo(environ, start_response):
     """The application of example.ini: says who answered, and what it was asked. /file sends this file."""
