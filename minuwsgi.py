@@ -23,23 +23,24 @@ The parts, from the leaves to main(); each uses only what stands above it:
 The life of a request. A worker waits in accept() (Core.serve). It reads the packet into its Row of the
 scoreboard, where the master can see it; the packet becomes environ (Expected, or Expected.rest). The
 application gets environ and Response.start_response, which checks the head. A small body leaves with the
-head in one write, and the connection is closed: accept4, read, write, close. What is larger becomes a job
-(Response.finish): run_a_while() runs it while the client keeps up; else Offloader.take() owns job and
-descriptor from then on, and the worker takes the next request. Over HTTP, Core.wait() watches the kept
-connections, and Core.http_request() stands where the middle of serve() does. All exceptions end in
-Core.failed(): 400 for a bad packet, nothing for a client that left, 500 or a cut connection and a
-traceback in the log for an application that failed.
+head in one write, and the connection is closed: accept4, preadv2, write, close; one more write is the
+line of the request log. What is larger becomes a job (Response.finish): run_a_while() runs it for a
+moment; then Offloader.take() owns job and descriptor, and the worker takes the next request. Over HTTP,
+Core.wait() watches the kept connections, and Core.http_request() stands where the middle of serve() does.
+Exceptions end in Core.failed(): 400 and the like for a bad request, nothing for a client that left, 500
+or a cut connection and a traceback in the log for an application that failed.
 
 The life of a signal. In the master it becomes a byte in a pipe (Signals); Master.run() wakes, on_signal()
 notes what is wanted, and converge() compares what is with what should be: reap() the dead, kill what is
 overdue, spawn() what is missing, one after the other replace what must go. A worker that is told to stop
-(Worker.on_stop) finishes its request; the end of a closed pipe in the place of its listener makes the next
-accept() fail. For a reload a child tries the new code (--check); then the master executes itself anew,
-inherits sockets and old workers (after_proof, adopt), and replaces these.
+(Worker.on_stop) finishes its request; a pipe that nobody writes to, in the place of its listener, makes
+the next accept() fail. For a reload a child tries the new code (--check); then the master executes itself
+anew, inherits sockets and old workers (after_proof, adopt), and replaces these.
 
 Who owns what. The master: sockets and their files, the pidfile, the workers' lifelines. A worker: the
-connection it accepted, until it closes it or gives it to an Offloader; the job then closes it, and the file
-it sends. The application: what it opened, and close() of its result is always called.
+connection it accepted, until it closes it or gives it to an Offloader, which closes it when the job is
+done, or parks it if HTTP keeps it; a job closes only the file that it sends. The application: what it
+opened, and close() of its result is always called.
 """
 import collections
 import contextlib
@@ -68,7 +69,7 @@ __version__ = '0.1'
 # environment (UWSGI_*), the command line and INI files. Config gathers the list (files include files;
 # if and for blocks choose and repeat lines), then fills in $(ENV), @(file) and %(name), looks each
 # name up in the table and converts its value. Every line has a fate: used, always (needs no switch
-# here), unsupported, variable (only a name for %(name)) or unknown. All mistakes are told at once.
+# here), unsupported, variable (only a name for %(name)) or unknown. All mistakes in files are told at once.
 
 class ConfigError(Exception):
     """A mistake in the configuration; its text says where, what and what to do."""
@@ -210,7 +211,7 @@ plugin=python* plugins=python* plugin=http* plugins=http* plugin=cgi* plugins=cg
 log-master log-master-* threaded-logger | a line is one write, whoever writes it
 harakiri-verbose harakiri-graceful-signal harakiri-no-arh no-harakiri-* py-tracebacker backtrace-depth
     | harakiri logs the stack
-cheaper-busyness-* cheaper-algos-list cheaper-algo-list | one way: a worker more while all are busy
+cheaper-busyness-* cheaper-algos-list cheaper-algo-list | see cheaper-algo: spare or backlog
 http-keepalive | connections are kept, for http-timeout
 log-reopen | the log follows its name
 post-buffering post-buffering-bufsize | a body is read when the application asks for it
@@ -463,7 +464,7 @@ def target(argument):
 
 
 def command_line(arguments):
-    """Arguments as lines: options (--name value, --name=value, -x value), then .ini and .py files."""
+    """Arguments as lines: options (--name value, --name=value, -x value), then files and module:callable."""
     rest, lines, targets = list(arguments), [], []
     while rest:
         argument = rest.pop(0)
@@ -526,7 +527,7 @@ def doubts(value):
 
 
 class Config:
-    """The options as attributes (- becomes _); nothing changes them once it is made."""
+    """The options as attributes (- becomes _)."""
 
     def __init__(self, arguments):
         self.settings, self.files = [], []              # all lines in order; (file, section) of all that was read
@@ -658,7 +659,8 @@ class Config:
         return substitute('%(', value, lambda expression: self.compute(expression, within))
 
     def compute(self, expression, within):
-        """The text for %(name), %(a b) and %(a + b): names and numbers, strictly from left to right."""
+        """The text for %(name); %(a b) joins, %(a + b) computes, strictly from left to right. A name stands for the
+        value of its first line; what is unknown is skipped; None if all is."""
         expression = substitute('(', expression, lambda inner: self.compute(inner, within))
         result = operator = None
         for token in expression.replace('++', '+ 1').replace('--', '- 1').split():
@@ -762,12 +764,12 @@ Commands:
 
 
 # ---------------------------------------------------------------------------------------------
-# 2. Log
+# 2. Waiting, and the log
 #
 # Everything goes to descriptor 2, which `logto` puts on a file. One line is one os.write(), so that
 # the lines of many processes don't mix. A log that can't be written (disk full, pipe closed, or full
 # because nobody reads it) is no reason to stop serving: lines are lost then, and counted. O_NONBLOCK
-# would hold for other programs that share the descriptor too; so we poll.
+# would hold for other programs that share the descriptor too: so it is RWF_NOWAIT, or poll.
 
 EXIT_CONFIG = 1                         # a mistake in the configuration, an address that can't be bound
 EXIT_NO_APP = 22                        # the application can't be loaded; uWSGI's number
@@ -1166,7 +1168,8 @@ def set_scheme(environ):
 
 
 class Expected:
-    """What the next packet looks like, guessed from an earlier one: -4 us of 14 for each request.
+    """What the next packet looks like, guessed from an earlier one: -4 us of 14 for each request. Core.serve()
+    compares packets with `plan`; here it is made (learn_order), and what doesn't fit it is read (rest).
 
     A web server sends its variables in the same order each time. So a plan has, for each variable that
     changes, a piece (raw, size, name): the text in front of its value, to be compared at once instead
@@ -1178,7 +1181,8 @@ class Expected:
     def __init__(self, base):
         self.base = base                                # the environ without the web server's variables
         self.names = {}                                 # size's high byte + name -> name
-        # start, its end, copy the template and pieces after it; the same without start; variables
+        # start (or None) and where it ends, what gives the environ up to there, the pieces after it; for other
+        # packets what gives the environ, and all pieces; how many variables. No text is equal to 'nothing'.
         self.plan = None, 4, base.copy, (), base.copy, (('nothing', 0, ''),), 0
         self.skipped = {}                               # raw -> (variables before it, constants in it and after it)
         self.countdown = 0
@@ -1448,7 +1452,7 @@ def client_address(environ, trusted):
 # The application gets environ and start_response, and returns an iterable of bytes. One Response
 # for each thread that serves is used for one request after the other: it checks the head, holds the
 # application to the length that it promised, and sends. Whoever owns the descriptor of a connection
-# closes it: that is the worker, until hand_over() gives it to an offload thread.
+# closes it: that is the worker, until Core.let_go() gives it to an Offloader, which calls done() once.
 
 SMALL = 32768                           # so much always fits into an empty socket buffer: write() can't block
 IOV_MAX = 1024
@@ -1491,11 +1495,12 @@ def write_some(fd, chunks):
         chunks[0] = memoryview(chunks[0])[sent:]
 
 
-PATIENCE = 0.01                         # seconds that a worker waits for a client before it hands the job over
+KEEP_UP = 0.01                          # seconds that a worker spends on a job once it had to wait
 
 
 def send_chunks(fd, chunks, seconds):
-    """Send a list of bytes; the client has `seconds` to take some more each time."""
+    """A job that sends a list of bytes. `seconds`: until the socket must be writable again each time, which it is
+    when a good part of its buffer is free."""
     while chunks:
         try:
             write_some(fd, chunks)
@@ -1548,12 +1553,12 @@ def drain(fd):
 
 
 def run_a_while(fd, job):
-    """Run a job while the client keeps up. Returns None when it is done, else the job, begun, with
-    what it waits for: (job, event, seconds)."""
+    """Run a job, from its first wait on for KEEP_UP. Returns None when it is done, else the job, begun,
+    with what it waits for: (job, event, seconds)."""
     until = None
     for event, seconds in job:
         now = time.monotonic()
-        until = until or now + PATIENCE
+        until = until or now + KEEP_UP
         if now >= until or not ready_within(fd, event, until - now):
             return job, event, seconds
     return None
@@ -1752,14 +1757,18 @@ def trimmed(chunks, size):
 
 
 class Response:
-    """One response after the other. start_response() builds the head; write() and finish() send."""
+    """One response after the other. start_response() builds the head; write() and finish() send.
+
+    length: promised by the application, None: unknown, -1: there is no body.  left: of it.  size: of the body, sent.
+    end: of the head, what the server adds.  headers: their number.  http: '' or 'HTTP/1.1' or 'HTTP/1.0'.
+    ending: how the connection ends: '' (as usual), 'cut', or 'drain' what the client sends."""
 
     __slots__ = ('fd', 'timeout', 'status', 'head', 'end', 'headers', 'length', 'left', 'size', 'sent', 'no_body',
-                 'head_only', 'http', 'keep', 'chunked', 'blocking', 'patience', 'ending', 'has_date', 'has_server',
+                 'head_only', 'http', 'keep', 'chunked', 'blocking', 'job_timeout', 'ending', 'has_date', 'has_server',
                  'date', 'body', 'extra')
 
     def __init__(self, config):
-        self.timeout, self.patience = config.socket_timeout, config.http_timeout
+        self.timeout, self.job_timeout = config.socket_timeout, config.http_timeout
         self.http = self.keep = self.chunked = self.sent = self.head_only = False
         self.extra = ''.join(f'{header.strip()}\r\n' for header in config.add_header)
         self.status, self.end, self.date, self.ending, self.size = None, self.extra + '\r\n', b'', '', 0
@@ -1831,8 +1840,8 @@ class Response:
             head += b'Connection: keep-alive\r\n'
         return head + self.extra.encode('latin-1') + b'\r\n'
 
-    def is_complete(self):
-        """Is the head as start_response() made it all that has to be sent before a body of known length?"""
+    def head_is_final(self):
+        """Has take_head() nothing to add: no Date, Server, Connection or length, and no body to look at?"""
         return not self.http or (self.http == 'HTTP/1.1' or not self.keep) and not (
             self.has_date or self.has_server or self.body)
 
@@ -1849,7 +1858,7 @@ class Response:
         self.size += size
         if self.chunked and size:
             chunks = [b'%x\r\n' % size, *chunks, b'\r\n']
-        return chunks if head is None else [head, *chunks]
+        return [*chunks] if head is None else [head, *chunks]           # never the application's own list
 
     def write(self, data):
         """PEP 3333's write(): send data (bytes) now."""
@@ -1861,7 +1870,7 @@ class Response:
             self.send(self.frame([data]))
 
     def send(self, chunks):
-        """Send a list of bytes; the client has `timeout` seconds to take some more each time."""
+        """Send a list of bytes, and wait here, since the application wants to go on: `timeout` seconds each time."""
         self.unblock()
         while chunks:
             try:
@@ -1871,8 +1880,8 @@ class Response:
 
     def send_small(self, body):
         """Send head and whole body (bytes) by one write(); the job that is left, or None."""
+        data = self.head + body                         # a TypeError, if it isn't bytes, finds nothing sent
         self.sent, self.size, self.left = True, self.length, 0
-        data = self.head + body
         if len(data) > SMALL:                           # because of the head
             self.unblock()
         try:
@@ -1884,7 +1893,7 @@ class Response:
         if sent == len(data):
             return None
         self.unblock()
-        return run_a_while(self.fd, send_chunks(self.fd, [data[sent:]], self.patience))
+        return run_a_while(self.fd, send_chunks(self.fd, [data[sent:]], self.job_timeout))
 
     def finish(self, result):
         """Send what the application returned; the job that is left if the client doesn't keep up, else None."""
@@ -1905,7 +1914,7 @@ class Response:
     def send_each(self, chunks):
         """Send each chunk as soon as it is there; the job that is left, or None."""
         job, first = None, next(chunks, None)
-        if type(first) is bytes and self.length == len(first) < SMALL and not self.sent and self.is_complete():
+        if type(first) is bytes and self.length == len(first) < SMALL and not self.sent and self.head_is_final():
             job = self.send_small(first)
         elif first is not None:
             self.write(first)
@@ -1931,7 +1940,7 @@ class Response:
         if self.left:
             self.cut(f'the application sent {self.left} bytes less than its Content-Length')
         self.unblock()
-        return send_chunks(self.fd, chunks, self.patience)
+        return send_chunks(self.fd, chunks, self.job_timeout)
 
     def file_job(self, wrapper):
         """A job that sends a regular file from where it stands; None where it has to be read."""
@@ -1947,7 +1956,7 @@ class Response:
         count = size if self.left is None else min(size, self.left)
         self.size += count
         self.unblock()
-        return send_file(self.fd, head, os.dup(fd), offset, count, self.patience)
+        return send_file(self.fd, head, os.dup(fd), offset, count, self.job_timeout)
 
     def cut(self, why):
         """The client must not take for whole what isn't."""
@@ -1983,7 +1992,6 @@ def expiry(value):
 
 def find_file(root, path, safe, indexes):
     """(open file, its status, its name) for a path below a root (bytes), or None."""
-    import stat
     try:
         top = os.path.realpath(root)                    # each time: it may be a link to the current release
         name = os.path.realpath(top.rstrip(b'/') + path.encode('latin-1'))
@@ -2532,24 +2540,27 @@ class Offloader:
 # 10. Worker
 #
 # A worker is a process that serves. Core.serve() is the hot path; for a small request behind nginx
-# it makes four system calls: accept4, read, write, close. With one socket and one thread it waits
-# in accept() itself; there is no select before it, since the kernel wakes one waiting process for a
-# connection. With several sockets, HTTP or threads, Core.wait() stands in for accept(): it watches
+# it makes four system calls: accept4, preadv2, write, close. With one socket and one thread it waits
+# in accept() itself; a select before it would be one more call, and would wake all workers for a
+# connection that one gets. With several sockets, HTTP or threads, Core.wait() stands in for accept(): it watches
 # listeners and kept HTTP connections at once, so that those that are silent or slow hold nobody.
 #
 # A stop must neither lose a connection nor wait for one. So the handler of the signal puts the end
 # of a closed pipe in the place of the listening descriptor (dup2): the accept() that was
 # interrupted is tried again by Python (PEP 475) and fails; a connection that came before is served.
 # A signal between Python's check and the system call would go unnoticed until the next connection,
-# which is why the master repeats it.
+# which is why the master repeats it. (Its own death can be missed so: then one more request is served.)
+# Core.wait() is woken by a pipe instead (stop_write), and look_at_time() ends it.
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGHUP, signal.SIGIO      # for a worker
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
            signal.SIGCHLD)
 
 # A row of the scoreboard, one for each core, in shared memory: the last packet, then these numbers.
+# READY: 1, or from when on it counts as ready. STARTED: when its request began, 0: idle. BUSY: seconds in all.
+# LEAVING: 1 wants a successor, 2 has heard that it must stop.
 PID, NUMBER, READY, STARTED, REQUESTS, ERRORS, BUSY, LEAVING = range(8)
-NUMBERS = PACKET_MAX + 8 - PACKET_MAX % 8
+NUMBERS = PACKET_MAX + 261              # for a bad packet Expected.rest() looks up to 258 bytes beyond its end
 ROW_SIZE = NUMBERS + 8 * 8
 
 
@@ -2627,7 +2638,8 @@ def plain_answer(status, why, more=''):
 
 
 def close_hard(fd, ok=False):
-    """Close a connection so that the client can't take the response for whole: by a reset, over TCP."""
+    """Close a connection so that the client can't take the response for whole: over TCP by a reset. Over a unix
+    socket only its Content-Length tells."""
     with socket.socket(fileno=fd) as connection:
         try:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
@@ -2850,6 +2862,7 @@ class Core:
         """Close a connection that needs more than close(): `done` follows when all is sent and read."""
         response = self.response
         ending, response.ending = response.ending, ''
+        # What is unread is drained after the job; then the connection isn't kept, whatever `done` was.
         if ending == 'drain' or body is not None and body.left:
             try:
                 job = (in_turn(job[0], drain(fd)), *job[1:]) if job else run_a_while(fd, drain(fd))
@@ -2934,7 +2947,7 @@ class Core:
         worker, connections, clock = self.worker, self.worker.connections, time.monotonic
         claim, poll = connections.pop, worker.poll.poll         # whoever has claimed a connection, alone uses it
         most = 1 if self.config.threads > 1 else 64     # threads must not hoard what others could do
-        patience = self.config.http_timeout
+        idle_timeout = self.config.http_timeout
         while True:
             busy = False
             while self.ready:
@@ -2960,7 +2973,7 @@ class Core:
                     self.ready.insert(0, (fd, 0))
                 if listener.protocol == 'uwsgi':
                     return new, address
-                self.serve_http(Connection(new, self.templates[fd], address, clock() + patience))
+                self.serve_http(Connection(new, self.templates[fd], address, clock() + idle_timeout))
             if worker.stopping or clock() >= worker.next_look:
                 worker.look_at_time(busy)
             self.ready = [(fd, 0) for fd in list(worker.undrained)] or poll(1 if connections else None, most)
@@ -3036,7 +3049,7 @@ class Core:
                 body = self.open_request(connection, environ, data, end)
             result = self.application(environ, response.start_response)
             if type(result) is list and len(result) == 1 and response.length == len(result[0]) < SMALL \
-                    and not response.sent and response.is_complete():
+                    and not response.sent and response.head_is_final():
                 job = response.send_small(result[0])
             else:
                 job = response.finish(result)
@@ -3072,12 +3085,14 @@ class Core:
         return clear and keep
 
     def remember(self, connection, fields, environ):
-        """Keep what these bytes gave: for the connection, and for others of such clients."""
+        """Keep what these bytes gave: all of it for the connection, for others only what the bytes say, never an
+        address (nothing at all with trust-proxy). As copies, since applications change their environ."""
         connection.fields, connection.again, connection.keeps = fields, environ.copy().copy, self.response.keep
         if len(fields) < 4096 and not self.worker.trusted:
             if len(self.known) > 100:
                 self.known.clear()
-            self.known[fields] = {name: environ[name] for name in environ if name[:5] == 'HTTP_'}, self.response.keep
+            self.known[fields] = {name: value for name, value in environ.items()
+                                  if name[:5] == 'HTTP_' or name == 'CONTENT_TYPE'}, self.response.keep
 
     def recall(self, connection, fields):
         """Did another connection send the same header lines? Then this one is as if it had sent them before."""
@@ -3127,7 +3142,7 @@ class Worker:
         self.waiting = None                             # at a stop: the listener, for those who wait already
         self.offloaders, self.turn = [Offloader() for _ in range(max(1, config.offload_threads))], itertools.count()
         self.alarm_for = -1.0                           # when the request began that set_alarm() is for
-        self.undrained = set()                          # the same, where there are several
+        self.undrained = set()                          # at a stop, with epoll: listeners where somebody may wait yet
         self.poll = self.stop_read = None
         self.next_look = 0.0
         self.dead_end, other_end = os.pipe()            # what takes the place of a listener
@@ -3181,7 +3196,8 @@ class Worker:
             offloader.finish()
 
     def handle_signals(self):
-        """INT comes from a terminal to the whole group, and the master decides: nothing is done. QUIT kills."""
+        """The handlers of a worker; once more after the application may have set its own. INT comes from a terminal
+        to the whole group, and the master decides: nothing is done. QUIT kills."""
         import faulthandler
         for number in (*SIGNALS, signal.SIGALRM):
             faulthandler.unregister(number)             # when it is called again
@@ -3216,8 +3232,9 @@ class Worker:
             + (', '.join(row.request() for row in self.rows if row.numbers[STARTED]) or 'idle'))
 
     def on_harakiri(self, *_):
-        """The request takes too long. With one thread it is broken off; then, or a second later by SIGKILL,
-        the worker is replaced: after an exception at an arbitrary place its state can't be trusted."""
+        """The request takes too long. With one thread it is broken off, and the worker is replaced: after an exception
+        at an arbitrary place its state can't be trusted. With several, none can be broken off: what doesn't end
+        within harakiri-graceful-timeout is killed by the master, with all threads."""
         row, now = self.rows[0], time.monotonic()
         started, limit = row.numbers[STARTED], self.config.harakiri
         if len(self.rows) > 1:
@@ -3234,7 +3251,7 @@ class Worker:
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def on_stop(self, number, _):
-        """SIGTERM: everything ends, serve what waits. SIGHUP, SIGIO (the master died): others serve it."""
+        """SIGTERM: everything ends, serve what waits. SIGHUP: others serve it. SIGIO: the master has died."""
         if self.stopping:                               # the master repeats it, to interrupt accept()
             return
         self.stopping, self.rows[0].numbers[LEAVING] = True, 2          # 2: the master sees that it was heard
@@ -3244,7 +3261,7 @@ class Worker:
         for fd, listener in self.listeners.items():
             if self.poll is None:
                 if number == signal.SIGTERM:
-                    with contextlib.suppress(OSError):          # no descriptor is left
+                    with contextlib.suppress(OSError):          # there may be no descriptor left for it
                         self.waiting = listener.socket.dup()
                         self.waiting.setblocking(False)         # for all that share it: they stop too
                 os.dup2(self.dead_end, fd, inheritable=False)
@@ -3262,7 +3279,7 @@ class Worker:
 
     def in_forked_child(self):
         """This is no worker. What was ours becomes a dead end: no client waits for this process, and it can answer
-        none; and signals do what is expected of them (multiprocessing's terminate())."""
+        none; and the signals that stop a process do so (multiprocessing's terminate())."""
         for fd in self.inherited:
             os.dup2(self.dead_end, fd, inheritable=False)
         for number in STOP_SIGNALS:
@@ -3591,7 +3608,7 @@ def look_before_fork():
 # 12. Statistics
 #
 # The master answers, out of the scoreboard and the kernel's numbers, so that it does even when all
-# workers are busy. What is in it has uWSGI's names: its tools read it.
+# workers are busy. uWSGI's tools read it, since it has uWSGI's names. No variables of requests are in it.
 
 def queue(listener):
     """(connections that wait, how many may) of a listening socket: tcp(7) TCP_INFO, sock_diag(7)."""
@@ -3613,8 +3630,7 @@ def queue(listener):
 
 class Stats:
     """The state of the server for uwsgitop and others: one JSON document for each connection, or with
-    stats-http GET / (JSON), /metrics (Prometheus) and /health. The master answers, so that it does
-    even when all workers are busy. No variables of requests are in it."""
+    stats-http GET / (JSON), /metrics (Prometheus) and /health."""
 
     def __init__(self, master):
         self.master, self.asking = master, {}           # descriptor -> socket of a client that asks over HTTP
@@ -3741,7 +3757,8 @@ class Stats:
 #
 # A reload never takes a working site down. A child loads the new configuration and application as a
 # proof; if that fails, nothing else happens. Then the master executes itself anew with the same pid.
-# It inherits the sockets and the old workers, which go on serving, and replaces them one by one.
+# It inherits the sockets and the old workers, which go on serving, and replaces them one by one. If
+# only the new image fails to load (`stuck`), they go on too; none is replaced until a reload works.
 
 class Signals:
     """The master's signals, as bytes in a pipe."""
@@ -3829,8 +3846,9 @@ SETTLED = 1.0                           # seconds after which a program counts a
 class Child:
     """A worker as the master sees it."""
 
-    def __init__(self, pid, number, rows, lifeline, retire):
-        self.pid, self.number, self.rows, self.lifeline = pid, number, rows, lifeline
+    def __init__(self, pid, number, rows, hold, retire):
+        self.pid, self.number, self.rows = pid, number, rows
+        self.hold = hold                                # the end of its lifeline that is ours, see spawn()
         self.retire = retire                            # the signal that lets it finish while others go on
         self.born = time.monotonic()
         self.old = rows is None                         # from before the reload: to be replaced
@@ -3991,7 +4009,8 @@ class Master:
             self.look_round(now)
         if self.stopping or self.stuck and not self.reload_wanted:
             return
-        self.replace_workers(now)
+        if not self.stuck:
+            self.replace_workers(now)
         if self.reload_wanted and self.proof is None and (self.stuck or not any(
                 child.old and not child.stop_with for child in self.children.values())):
             self.try_reload()
@@ -4085,7 +4104,8 @@ class Master:
                     child.rows[0].numbers[LEAVING] = 1
 
     def scale(self, busy, there):
-        """cheaper: one step more when all workers are busy or requests wait, one less after calm seconds."""
+        """cheaper: a step more when all workers are busy, or (backlog) too many connections wait; one less when two
+        or more were idle at 2 * cheaper-overload looks since then."""
         waiting = sum(queue(listener)[0] for listener in self.listeners)
         backlog = self.command or self.config.cheaper_algo == 'backlog'         # whether a program is busy isn't known
         loaded = waiting > self.config.cheaper_overload if backlog else busy == there
@@ -4101,8 +4121,6 @@ class Master:
 
     def replace_workers(self, now):
         """Spawn what is missing, and one after the other a successor for each worker that must go."""
-        if self.stuck:
-            return
         starting = any(not child.is_ready() for child in self.children.values())
         for number in range(1, self.wanted + 1):
             mine = [child for child in self.children.values() if child.number == number and not child.stop_with]
@@ -4160,7 +4178,7 @@ class Master:
         """In the child: let go of what is the master's, load the application if it wasn't, serve."""
         import fcntl
         self.signals.close()
-        for fd in (child.lifeline for child in self.children.values()):
+        for fd in (child.hold for child in self.children.values()):
             os.close(fd)
         for owned in self.pidfile, self.stats:
             if owned is not None:
@@ -4208,7 +4226,7 @@ class Master:
     def bury(self, child, code, rss):
         """A worker ended: say why if nobody asked it to, and slow down if that comes again and again."""
         now = time.monotonic()
-        os.close(child.lifeline)
+        os.close(child.hold)
         ready, doing, answered = child.is_ready(), child.doing(now), child.answered()
         self.ever_ready = self.ever_ready or ready
         if self.command:
@@ -4227,7 +4245,8 @@ class Master:
                 other.kill_at = 0
             return
         self.deaths += 1
-        when = f'at {doing}' if doing else 'while idle' if ready else 'before it was ready'
+        when = f'at {doing}' if doing else 'at what is unknown since the reload' if child.old else \
+            'while idle' if ready else 'before it was ready'
         log(f'worker {child.number} (pid {child.pid}) died: {self.describe_exit(code)}, {when}, peak rss {rss} MB')
         self.failures = 0 if answered or doing else self.failures + 1
         if self.failures:
@@ -4242,7 +4261,9 @@ class Master:
         memory = code == -signal.SIGKILL and kills > self.oom_kills
         self.oom_kills = kills
         name = signal.Signals(-code).name
-        return f"{name}, {'by the OOM killer of the kernel: memory is short' if memory else 'not sent by us'}"
+        why = ', by the OOM killer of the kernel: memory is short' if memory else \
+            ', not sent by us' if name == 'SIGKILL' else ''
+        return f"{name}{why}"
 
     # -- reload
 
@@ -4274,13 +4295,16 @@ class Master:
             return
         state = {'sockets': [(listener.address, listener.protocol, listener.socket.fileno(), listener.inode)
                              for listener in self.listeners],
-                 'workers': [(child.pid, child.number, child.lifeline, child.retire)
+                 'workers': [(child.pid, child.number, child.hold, child.retire)
                              for child in self.children.values()],
                  'pidfile': self.pidfile and (self.pidfile.path, self.pidfile.fd), 'again': self.reload_wanted}
-        for fd in (*(entry[2] for entry in state['sockets'] + state['workers']), *(state['pidfile'] or ())[1:]):
+        handed = [*(entry[2] for entry in state['sockets'] + state['workers']), *(state['pidfile'] or ())[1:]]
+        for fd in handed:
             os.set_inheritable(fd, True)
         with self.or_not_at_all(), self.start.as_then():
             os.execve(sys.executable, self.start.command, {**self.start.environment, RELOADED: json.dumps(state)})
+        for fd in handed:                               # we are still here
+            os.set_inheritable(fd, False)
 
     @contextlib.contextmanager
     def or_not_at_all(self):
@@ -4289,16 +4313,21 @@ class Master:
             yield
         except OSError as error:
             log(f'reload: failed, {sys.executable}: {error.strerror}; the old code goes on serving')
+            notify('READY=1\nSTATUS=the last reload failed, the old code is serving')
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def adopt(self, workers):
         """After the exec: the workers of the old image are still our children."""
-        for pid, number, lifeline, retire in workers:
-            self.children[pid] = Child(pid, number, None, lifeline, retire)
+        for pid, number, hold, retire in workers:
+            self.children[pid] = Child(pid, number, None, hold, retire)
 
 
 # ---------------------------------------------------------------------------------------------
 # 14. Command line
+#
+# main() reads the configuration; bind_load_and_run() does the rest, in this order: go where the log
+# is, catch signals, take the sockets and the pidfile, give up root's rights, load the application,
+# become the master (or, without one, the worker).
 
 def demo(environ, start_response):
     """The application of example.ini: says who answered, and what it was asked. /file sends this file."""
@@ -4599,8 +4628,8 @@ def inherited_state():
         return {'reloaded': False, 'sockets': [], 'workers': [], 'pidfile': None, 'again': False}
     import json
     state = json.loads(text)
-    for _, _, lifeline, _ in state['workers']:          # at once, before the application can start anything
-        os.set_inheritable(lifeline, False)
+    for _, _, hold, _ in state['workers']:              # at once, before the application can start anything
+        os.set_inheritable(hold, False)
     return {'reloaded': True, **state}
 
 
