@@ -3732,7 +3732,7 @@ class TestRecycling:
 
     def test_the_limit_is_that_of_all_threads_together(self, start):
         server = start(APPS, 'max-requests = 20\nthreads = 4')
-        for _ in range(21):
+        for _ in range(22):                             # not all workers leave at the same number
             server.ask('hello')
         assert 20 <= int(server.wait_for('leaves: max-requests').rpartition(' ')[2]) <= 22
 
