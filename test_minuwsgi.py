@@ -3423,6 +3423,21 @@ class TestHotPath:
         assert calls[:36] == ['accept4', 'preadv2', 'write', 'close'] * 9
 
 
+    @pytest.mark.parametrize('option', ['socket = s', 'http-socket = s'])
+    def test_a_connection_wakes_one_worker_and_not_all(self, start, option):
+        server = start(ini=f'processes = 4\ndisable-logging = true\n{option}')
+        before = sum(map(slept, server.workers()))
+        request = packet() if option == 'socket = s' else b'GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n'
+        for _ in range(300):
+            assert Answer(exchange(server.socket, request)).body == b'hello\n'
+        assert sum(map(slept, server.workers())) - before < 450
+
+
+def slept(pid):
+    """How often a process has gone to sleep, and so was woken."""
+    return int(re.search(r'^voluntary_ctxt_switches:\s*(\d+)', pathlib.Path(f'/proc/{pid}/status').read_text(), re.M)[1])
+
+
 class TestStop:
     """A stop loses nothing that was accepted or waits, and says what it waits for."""
 
@@ -5786,7 +5801,7 @@ class TestReadme:
 
     def try_bench(self, text):
         command = next(text for _, text in self.BLOCKS if '--bench' in text)
-        done = subprocess.run(f'{command.strip()} 1', shell=True, cwd=HERE, timeout=3 * PATIENCE, text=True,
+        done = subprocess.run(f'{command.strip()} 0.3', shell=True, cwd=HERE, timeout=3 * PATIENCE, text=True,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         shown, printed = ([line.partition(' times the least  ') for line in part.splitlines()]
                           for part in (text, done.stdout))
