@@ -3435,7 +3435,8 @@ class TestHotPath:
 
 def slept(pid):
     """How often a process has gone to sleep, and so was woken."""
-    return int(re.search(r'^voluntary_ctxt_switches:\s*(\d+)', pathlib.Path(f'/proc/{pid}/status').read_text(), re.M)[1])
+    status = pathlib.Path(f'/proc/{pid}/status').read_text()
+    return int(re.search(r'^voluntary_ctxt_switches:\s*(\d+)', status, re.M)[1])
 
 
 class TestStop:
