@@ -314,9 +314,10 @@ BOOLEANS = {'true': True, 'yes': True, 'on': True, '': True, 'false': False, 'no
 # Kinds of values: what is expected, the conversion (or a ValueError), what must hold of its result.
 KINDS = {
     'flag': ('true or false', lambda text: BOOLEANS.get(text.lower(), text != '0'), None),     # all else means yes
-    'number': ('a whole number', int, lambda number: number >= 0),
+    'number': ('a whole number', int, lambda number: 0 <= number < 1 << 43),
     'positive': ('a whole number greater than 0', int, lambda number: number > 0),
-    'seconds': ('a number of seconds', lambda text: float(text) if '.' in text else int(text), lambda time: time >= 0),
+    'seconds': ('a number of seconds', lambda text: float(text) if '.' in text else int(text),
+                lambda time: 0 <= time < 1e9),
     'octal': ('an octal mode such as 660', lambda text: 0o666 if text == '1' or BOOLEANS.get(text.lower()) else
               int(text, 8), lambda mode: 0 <= mode <= 0o777),
     'protocol': ('uwsgi or http', lambda text: text.replace('http11', 'http'), lambda name: name in ('uwsgi', 'http')),
@@ -477,8 +478,11 @@ def command_line(arguments):
         begun = {option for known, option in BY_NAME.items() if known.startswith(name.replace('_', '-'))}
         option = begun.pop() if len(begun) == 1 else BY_NAME.get(name)              # as getopt_long() allows
         optional = not option or option.kind == 'octal'
-        if argument[:1] != '-' or not option and fate(name)[0] == 'unknown':
-            raise ConfigError(f'command line: what is {argument!r}? {describe_unknown(name)}; see --help')
+        if argument[:1] != '-':
+            raise ConfigError(f'command line: what is {argument!r}? A .ini or .py file or module:callable is expected; '
+                              'options begin with --')
+        if not option and fate(name)[0] == 'unknown':
+            raise ConfigError(f'command line: {argument}: {describe_unknown(name)}; see --help')
         if not equals and not (option and option.kind == 'flag'):
             if rest and rest[0][:1] != '-' and not (optional and target(rest[0])):
                 value = rest.pop(0)
@@ -551,7 +555,13 @@ class Config:
         self.logto = self.daemonize or self.logto or (files[-1] if files else None)
         if self.logto:
             self.logto = os.path.abspath(self.logto)    # before chdir, as in uWSGI
+        if self.processes * self.threads > 10000:
+            self.errors.append(f'processes = {self.processes}, threads = {self.threads}: 10000 in all are the most')
         self.req_logger = [os.path.abspath(to.partition('file:')[2]) for to in self.req_logger if 'file:' in to]
+
+    def where(self, value):
+        """'site.ini:3: ' for a value that stands in a line, for messages."""
+        return next((f'{s.where}: ' for s in self.settings if s.value == value and s.fate == 'used'), '')
 
     def attempt(self, action, setting, *rest):
         try:
@@ -1016,9 +1026,27 @@ def owner(names):
     try:
         uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid if user else -1
         gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid if group else -1
-    except KeyError as error:
-        raise ConfigError(f"{names.strip(':')}: {error.args[0]}") from None
+    except KeyError:
+        raise ConfigError(f"{names.strip(':')}: there is no such user or group") from None
     return uid, gid
+
+
+def check_address(address):
+    """Refuse what can't be right, before bind() does in fewer words."""
+    path, port, why = os.path.abspath(address), address.rpartition(':')[2], None
+    if address.startswith('fd://'):
+        why = None if address[5:].isdecimal() else f'{address[5:]!r} is no descriptor; write fd://3'
+    elif '://' in address:
+        why = f"write host:port or a path, without {address.partition('://')[0]}://"
+    elif ':' in address:
+        if not port.isdecimal() or int(port) > 65535:
+            why = f'{port!r} is no port (0 to 65535); write host:port or :port'
+    elif address[:1] != '@' and len(os.fsencode(path)) > 107:
+        why = 'the path is longer than the 107 bytes a unix socket may have'
+    elif address[:1] != '@' and not os.path.isdir(os.path.dirname(path)):
+        why = f'there is no directory {os.path.dirname(path)}'
+    if why:
+        raise ConfigError(f"can't bind {address}: {why}")
 
 
 class Listener:
@@ -1032,6 +1060,7 @@ class Listener:
         for prefix in ('unix://', 'unix:'):
             if address.startswith(prefix):
                 address = address[len(prefix):]
+        check_address(address)
         if fd is None and address.startswith('fd://'):
             fd = int(address[5:])
         self.path = None if ':' in address or address[:1] == '@' else os.path.abspath(address)
@@ -1058,10 +1087,8 @@ class Listener:
         if self.path is None:
             self.socket.bind('\0' + address[1:])
             return
-        if len(os.fsencode(self.path)) > 107:
-            raise ConfigError(f"can't bind {address}: the path is longer than the 107 bytes a unix socket may have")
-        if not os.path.isdir(os.path.dirname(self.path)):
-            raise ConfigError(f"can't bind {address}: there is no directory {os.path.dirname(self.path)}")
+        if address.isdecimal():
+            log(f'warning: {address} is the path of a unix socket; a port is written :{address}')
         remove_stale_socket(self.path)
         mode = 0o660 if config.chmod_socket is None else config.chmod_socket
         before = os.umask(0o777 & ~mode)
@@ -1076,8 +1103,6 @@ class Listener:
 
     def bind_tcp(self, address):
         host, _, port = address.rpartition(':')
-        if not port.isdecimal() or int(port) > 65535:
-            raise ConfigError(f"can't bind {address}: {port!r} is no port; write host:port or :port")
         host = host.strip('[]')
         found = socket.getaddrinfo(host or '0.0.0.0', int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, _, _, where = found[0]
@@ -3462,20 +3487,28 @@ def find_callable(module, attribute, spec):
         there = [n for n in ('application', 'app', 'create_app') if hasattr(module, n)]
         hint = f'; it has {there[0]!r}: set callable = {there[0]}' if there else ''
         raise AppError(f'{spec.partition(":")[0]} has no {name!r}{hint}') from None
-    return found() if name != attribute else found
+    found = found() if name != attribute else found
+    if not callable(found):
+        raise AppError(f'{spec.partition(":")[0]}: {name!r} is {found!r}, and no WSGI application')
+    return found
 
 
-def load_module(spec, name):
+def import_module(module):
     import importlib
-    module, _, attribute = spec.partition(':')
     try:
-        found = importlib.import_module(module)
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and module.split('.')[0] == error.name.split('.')[0]:
             raise AppError(f'there is no module {error.name!r} in {sys.path[:3]} … (working directory '
                            f'{os.getcwd()}, Python {sys.executable}); see chdir, pythonpath, virtualenv') from None
         raise
-    return find_callable(found, attribute or name, spec)
+
+
+def load_module(spec, name):
+    module, _, attribute = spec.partition(':')
+    if not module or '/' in module or module.endswith('.py'):
+        raise AppError(f'{spec!r} is no module; for a file: wsgi-file = FILE')
+    return find_callable(import_module(module), attribute or name, spec)
 
 
 def load_file(name, attribute):
@@ -3519,9 +3552,8 @@ def load_application(config):
     command = worker_command(config)
     if command:
         return check_command(command, config)
-    import importlib
     for name in getattr(config, 'import'):
-        importlib.import_module(name)
+        import_module(name)
     mounts = {}
     for mount in config.mount:
         prefix, _, spec = mount.partition('=')
@@ -3537,7 +3569,10 @@ def load_application(config):
         raise AppError('no application is named: set module = package.module:callable or wsgi-file = FILE')
     application = mounted(mounts, mounts.pop('', default), config.manage_script_name) if mounts else default
     if config.chdir2:
-        os.chdir(config.chdir2)
+        try:
+            os.chdir(config.chdir2)
+        except OSError as error:
+            raise AppError(f'chdir2 = {config.chdir2}: {error.strerror}') from None
     return with_static_files(config, application)
 
 
@@ -3550,7 +3585,7 @@ def load_or_log(config):
     try:
         return load_application(config)
     except AppError as error:
-        log(f'minuwsgi: {error}')
+        log(f'minuwsgi: {config.where(config.module or config.wsgi_file)}{error}')
     except Stopped:
         raise
     except BaseException:
@@ -3569,7 +3604,7 @@ def offer_uwsgi_module(config):
         'version': __version__.encode(), 'version_info': tuple(map(int, __version__.split('.'))), 'worker': None,
         'hostname': os.uname().nodename.encode(), 'numproc': config.processes, 'cores': config.threads,
         'has_threads': True, 'started_on': int(time.time()), 'applications': {},
-        'opt': {setting.name: setting.value.encode() for setting in config.settings},
+        'opt': {setting.name: os.fsencode(setting.value) for setting in config.settings},
         'masterpid': lambda: master if config.master else 0,
         'worker_id': lambda: module.worker.number if module.worker else 0, 'mule_id': lambda: 0,
         'request_id': lambda: int(module.worker.rows[0].numbers[REQUESTS]) + 1,
@@ -3894,7 +3929,8 @@ def finish_process(mercy, code=0):
     import atexit
     threading = sys.modules.get('threading')
     if threading:
-        threading.Thread(target=watch_the_end, args=(threading, mercy, code), daemon=True).start()
+        with contextlib.suppress(RuntimeError):         # no memory for a thread: then nobody watches
+            threading.Thread(target=watch_the_end, args=(threading, mercy, code), daemon=True).start()
         threading._shutdown()
     atexit._run_exitfuncs()
     flush_streams()
@@ -4399,23 +4435,26 @@ class Start:
 
 def curl(address, path='/'):
     """Ask a uwsgi server for a path, and print what it answers."""
-    try:
-        if ':' in address and '/' not in address:
-            host, _, port = address.rpartition(':')
-            connection = socket.create_connection((host.strip('[]') or '127.0.0.1', int(port)))
-        else:
-            connection = socket.socket(socket.AF_UNIX)
-            connection.connect('\0' + address[1:] if address[:1] == '@' else address)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"can't connect to {address}: {getattr(error, 'strerror', None) or error}") from None
     name, _, query = path.partition('?')
-    with connection:
-        connection.sendall(pack_request({
-            'REQUEST_METHOD': 'GET', 'REQUEST_URI': path, 'PATH_INFO': unquote(name), 'QUERY_STRING': query,
-            'SERVER_PROTOCOL': 'HTTP/1.1', 'SERVER_NAME': 'localhost', 'SERVER_PORT': '80', 'HTTP_HOST': 'localhost'}))
-        while data := connection.recv(READ_MAX):
-            sys.stdout.buffer.write(data)
+    variables = {'REQUEST_METHOD': 'GET', 'REQUEST_URI': path, 'PATH_INFO': unquote(name), 'QUERY_STRING': query,
+                 'SERVER_PROTOCOL': 'HTTP/1.1', 'SERVER_NAME': 'localhost', 'SERVER_PORT': '80',
+                 'HTTP_HOST': 'localhost'}
+    tcp, size = ':' in address and '/' not in address, 0
+    try:
+        host, _, port = address.rpartition(':')
+        with socket.socket(socket.AF_UNIX) if not tcp else socket.create_connection(
+                (host.strip('[]') or '127.0.0.1', int(port))) as connection:
+            connection.settimeout(60)
+            if not tcp:
+                connection.connect('\0' + address[1:] if address[:1] == '@' else address)
+            connection.sendall(pack_request(variables))
+            while data := connection.recv(READ_MAX):
+                size += sys.stdout.buffer.write(data)
         sys.stdout.flush()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(f"--curl {address}: {getattr(error, 'strerror', None) or error}") from None
+    if not size:
+        raise ConfigError(f'--curl {address}: the connection was closed without an answer')
 
 
 def set_limits(config):
@@ -4443,7 +4482,7 @@ def prepare(config):
         try:
             os.chdir(config.chdir)
         except OSError as error:
-            raise ConfigError(f'chdir = {config.chdir}: {error.strerror}') from None
+            raise ConfigError(f'{config.where(config.chdir)}chdir = {config.chdir}: {error.strerror}') from None
     sys.path.insert(0, os.getcwd())
     for directory in reversed(config.pythonpath):
         sys.path[:0] = [os.path.abspath(found) for found in glob_sorted(directory) or [directory]]
@@ -4454,31 +4493,20 @@ def prepare(config):
 def enter_python(config, start):
     """Go on as the Python of `virtualenv`, unless this is it."""
     directory = os.path.abspath(config.virtualenv or sys.prefix)
+    tried = os.environ.pop('MINUWSGI_VIRTUALENV', None) == directory
     if os.path.realpath(sys.prefix) == os.path.realpath(directory):
         return
     python = os.path.join(directory, 'bin', 'python')
+    why = 'its Python is not that of a virtual environment' if tried else None
     if not os.access(python, os.X_OK):
-        there = 'it has no bin/python' if os.path.isdir(directory) else 'there is no such directory'
-        raise ConfigError(f'virtualenv = {directory}: {there}; make one with: python3 -m venv {directory}')
-    os.execv(python, [python, *start.program, *sys.argv[1:]])
-
-
-def try_address(address):
-    """What is wrong with an address, as far as it shows without bind()."""
-    address = address.replace('unix://', '').replace('unix:', '')
-    host, colon, port = address.rpartition(':')
-    try:
-        if address.startswith(('@', 'fd://')):
-            return
-        if '/' in address or not colon:
-            if not os.path.isdir(os.path.dirname(os.path.abspath(address))):
-                raise ValueError('there is no such directory')
-        elif not port.isdecimal():
-            raise ValueError(f'{port!r} is no port; write host:port or :port')
-        else:
-            socket.getaddrinfo(host.strip('[]') or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except (OSError, ValueError, OverflowError) as error:
-        raise ConfigError(f"can't bind {address}: {getattr(error, 'strerror', None) or error}") from None
+        why = 'it has no bin/python' if os.path.isdir(directory) else 'there is no such directory'
+    if why is None:
+        try:
+            os.execve(python, [python, *start.program, *sys.argv[1:]], {**os.environ, 'MINUWSGI_VIRTUALENV': directory})
+        except OSError as error:
+            why = f"can't run its bin/python, {error.strerror}"
+    raise ConfigError(f'{config.where(config.virtualenv)}virtualenv = {directory}: {why}; make one with: '
+                      f'python3 -m venv {directory}')
 
 
 NO_SOCKET = 'no socket is named: set socket = PATH or http-socket = :8000'
@@ -4490,12 +4518,15 @@ def check(config):
     show_config(config)
     errors = list(config.errors)
     trials = [(prepare, config), (owner, f'{config.uid or ""}:{config.gid or ""}'), (owner, config.chown_socket or '')]
-    trials += [(try_address, address) for address in config.socket + config.uwsgi_socket + config.http_socket]
+    trials += [(check_address, address) for address in config.socket + config.uwsgi_socket + config.http_socket]
     for trial, what in trials:
         try:
             trial(what)
         except ConfigError as error:
-            errors.append(str(error))
+            errors.append(config.where(what) + str(error))
+    for path in config.pidfile, config.logto:
+        if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+            errors.append(f'{config.where(path)}{path}: there is no such directory')
     if not config.socket + config.uwsgi_socket + config.http_socket and 'LISTEN_FDS' not in os.environ:
         errors.append(NO_SOCKET)
     for error in errors:
@@ -4509,8 +4540,11 @@ def activated():
     found = {}
     if os.environ.get('LISTEN_PID') == str(os.getpid()):
         for fd in range(3, 3 + int(os.environ.get('LISTEN_FDS', '0'))):
-            with socket.socket(fileno=os.dup(fd)) as listener:
-                name = listener.getsockname()
+            try:
+                with socket.socket(fileno=os.dup(fd)) as listener:
+                    name = listener.getsockname()
+            except OSError as error:
+                raise ConfigError(f'LISTEN_FDS: descriptor {fd}: {error.strerror}') from None
             found[name if type(name) is str else '%s:%d' % name[:2]] = fd
     return found
 
@@ -4527,7 +4561,10 @@ def bind(config, inherited, listeners):
     for address, protocol in dict.fromkeys(wanted):
         fd = given.pop('0.0.0.0' + address if address[:1] == ':' else address, None)
         if (address, protocol) not in kept:
-            listeners.append(Listener(address, protocol, config, fd))
+            try:
+                listeners.append(Listener(address, protocol, config, fd))
+            except ConfigError as error:
+                raise ConfigError(f'{config.where(address)}{error}') from None
     for fd in given.values():                           # named by systemd alone
         wanted.append((f'fd://{fd}', config.protocol))
         if wanted[-1] not in kept:
@@ -4580,6 +4617,7 @@ def drop_privileges(config):
     if not (config.uid or config.gid):
         return
     import pwd
+    __import__('traceback')                             # for log_exception(): later it may not be ours to read
     uid, gid = owner(f'{config.uid or ""}:{config.gid or ""}')
     if (os.getuid(), os.getgid()) == (uid if uid >= 0 else os.getuid(), gid if gid >= 0 else os.getgid()):
         return
@@ -4598,6 +4636,8 @@ def drop_privileges(config):
         raise ConfigError(f'uid = {config.uid}: nothing is known of this user, so set gid too') from None
     except OSError as error:
         raise ConfigError(f'uid, gid: {error.strerror}: only root can become another user') from None
+    except OverflowError:
+        raise ConfigError(f'uid = {config.uid}, gid = {config.gid}: there is no such user or group') from None
     if uid > 0 and 0 in os.getresuid():
         raise ConfigError('uid: the privileges of root could not be dropped')
 
@@ -4730,6 +4770,8 @@ def serve(config, start):
 def send_signal(what, name=''):
     """--stop, --reload PIDFILE."""
     import fcntl
+    if not name:
+        raise ConfigError(f'{what} PIDFILE: which pidfile?')
     try:
         with open(name) as file:
             pid = int(file.read())

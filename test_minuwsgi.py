@@ -1296,7 +1296,7 @@ class TestUwsgi:
         code, output = run(tmp, '--curl', shared(ENVIRON_APP).socket, '/a%20b?c')
         assert code == 0 and output.startswith('HTTP/1.1 200 OK') and "'PATH_INFO': '/a b'" in output
         code, output = run(tmp, '--curl', tmp / 'nothing')
-        assert code == 1 and "can't connect" in output
+        assert code == 1 and 'nothing: No such file' in output
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2757,8 +2757,17 @@ LANGUAGES = {
     'lisp': ('worker-exec = sbcl --script hello.lisp', {'hello.lisp': HELLO_LISP}, 'uwsgi_pass', 'sbcl'),
     'lisp as cgi': ('cgi = hello.cgi', {'hello.cgi': CGI_LISP}, 'uwsgi_pass', 'sbcl'),
 }
-MISSING = [name for name, (*_, program) in LANGUAGES.items() if not shutil.which(program)]
-NGINX = shutil.which('nginx') or '/usr/sbin/nginx'
+
+
+def is_there(program):
+    """A program, with the library of Ruby or Perl that its applications need."""
+    library = {'ruby': ['ruby', '-rrack', '-e', '0'], 'perl': ['perl', '-MPlack', '-MHTTP::Status', '-e', '0']}
+    return shutil.which(program) and (program not in library or not subprocess.call(
+        library[program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+
+
+MISSING = [name for name, (*_, program) in LANGUAGES.items() if not is_there(program)]
+NGINX = shutil.which('nginx', path=os.environ['PATH'] + ':/usr/sbin:/usr/local/sbin')
 
 
 def nginx_config(directory, port, names):
@@ -2782,7 +2791,7 @@ def nginx_config(directory, port, names):
 def languages():
     """All of them at once: {name: Server}, each with an ask_nginx(method, path, body)."""
     import http.client
-    if not os.path.exists(NGINX):
+    if NGINX is None:
         pytest.skip('there is no nginx')
     with tempfile.TemporaryDirectory(prefix='mu') as directory, contextlib.ExitStack() as stack:
         directory, servers, port = pathlib.Path(directory), {}, free_port()
@@ -2973,7 +2982,7 @@ def test_cheaper_starts_programs_when_connections_wait(start, tmp):
 
 @pytest.mark.parametrize('program', ['ruby', 'perl'])
 def test_a_broken_application_is_not_taken_by_a_reload(start, tmp, program):
-    if not shutil.which(program):
+    if not is_there(program):
         pytest.skip(f'there is no {program}')
     option, name, text, broken = {'ruby': ('rack', 'config.ru', CONFIG_RU, 'raise "wont"'),
                                   'perl': ('psgi', 'app.psgi', APP_PSGI, 'die "wont";')}[program]
@@ -3374,8 +3383,8 @@ class TestProcesses:
         wait_until(lambda: server.ask('hello').body == b'hello\n', 'an answer')
 
     def test_as_pid_1_strangers_are_buried(self, start, tmp):
-        if os.getuid() or not shutil.which('unshare'):
-            pytest.skip('unshare of util-linux, as root, is not there')
+        if subprocess.call(['unshare', '--pid', '--fork', '--mount-proc', 'true'], stderr=subprocess.DEVNULL):
+            pytest.skip('unshare of util-linux, as root, does not work')
         (tmp / 'app.py').write_text(
             HELLO + 'import os\nif not os.fork():\n    if os.fork(): os._exit(0)\n    os._exit(0)\n')
         process = subprocess.Popen(['unshare', '--pid', '--fork', '--kill-child', '--mount-proc', sys.executable,
@@ -3430,7 +3439,7 @@ class TestHotPath:
         request = packet() if option == 'socket = s' else b'GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n'
         for _ in range(300):
             assert Answer(exchange(server.socket, request)).body == b'hello\n'
-        assert sum(map(slept, server.workers())) - before < 450
+        assert sum(map(slept, server.workers())) - before < 800         # twice each, if it has to wait for the bytes
 
 
 def slept(pid):
@@ -4319,7 +4328,7 @@ class TestSecurity:
                                       '["X-A\\r\\nEvil" => "b\\r\\nEvil: 1"], ["ok"]] }')
         servers = {}
         for line, program in ('rack = config.ru', 'ruby'), ('psgi = app.psgi', 'perl'):
-            if shutil.which(program):
+            if is_there(program):
                 servers[line[0]] = start(ini=f'{line}\nsocket = {line[0]}', ready=False)
                 servers[line[0]].wait_for('listening')          # it has read app.ini
         for name, server in servers.items():
@@ -4656,7 +4665,6 @@ def test_a_short_soak_finds_nothing():
 # ---------------------------------------------------------------------------------------------
 # 12. Behind nginx, with real applications
 
-NGINX = shutil.which('nginx', path=os.environ['PATH'] + ':/usr/sbin:/usr/local/sbin')
 NGINX_CONF = '''
 daemon off;
 {user}
@@ -5450,7 +5458,7 @@ def tiny_disk(tmp):
     place = tmp / 'disk'
     place.mkdir()
     if subprocess.call(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'none', str(place)], stderr=subprocess.DEVNULL):
-        pytest.skip('only root can mount a small file system')
+        pytest.skip('a small file system can not be mounted here')
     yield place
     subprocess.check_call(['umount', '-l', str(place)])
 
@@ -5553,7 +5561,7 @@ class TestBadMachine:
     @pytest.mark.parametrize('what', ['no /proc and no /dev/shm', 'read-only'])
     def test_it_serves_and_reloads_with_less_of_a_system(self, tmp, what):
         if os.getuid() or subprocess.call(['unshare', '--mount', 'true'], stderr=subprocess.DEVNULL):
-            pytest.skip('only root can mount')
+            pytest.skip('nothing can be mounted here')
         (tmp / 'app.py').write_text(HOSTILE)
         mounts = f'mount --bind {tmp} {tmp} && mount -o remount,ro,bind {tmp}' if what == 'read-only' else \
             'mount -t tmpfs none /dev/shm && mount -t tmpfs none /proc'
@@ -5725,6 +5733,59 @@ def readme_as_it_should_be():
     return text
 
 
+class TestMessages:
+    """A mistake is told with where it stands, what is wrong and what to do; the exit code is as documented."""
+
+    @pytest.mark.parametrize('ini, words, code', [
+        ('module = app\nsocket = 127.0.0.1:99999', "x.ini:3: can't bind 127.0.0.1:99999: '99999' is no port", 1),
+        ('module = app\nsocket = http://127.0.0.1:8000', 'write host:port or a path, without http://', 1),
+        ('module = app\nsocket = fd://x', "'x' is no descriptor; write fd://3", 1),
+        ('module = app\nsocket = s\nuid = nobdy', 'nobdy: there is no such user or group', 1),
+        ('module = app\nsocket = s\nchdir = /nix', 'x.ini:4: chdir = /nix: No such file', 1),
+        ('module = app\nsocket = s\nprocesses = 100000', '10000 in all are the most', 1),
+        ('module = app\nsocket = s\nharakiri = 99999999999999', 'x.ini:4: ', 1),
+        ('module = app\nsocket = s\nlimit-as = 99999999999999999999', 'x.ini:4: ', 1),
+        ('module = app\nsocket = s\nvirtualenv = fake', 'virtualenv = ', 1),
+        ('module = app\nsocket = s\nvirtualenv = broken', "can't run its bin/python", 1),
+        ('module = app:number\nsocket = s', "x.ini:2: app: 'number' is 42, and no WSGI application", 22),
+        ('module = app.py\nsocket = s', "'app.py' is no module; for a file: wsgi-file = FILE", 22),
+        ('mount = /a=\nsocket = s', 'is no module', 22),
+        ('module = app\nsocket = s\nimport = nix', "there is no module 'nix'", 22),
+        ('module = app\nsocket = s\nchdir2 = /nix', 'chdir2 = /nix: No such file', 22)])
+    @pytest.mark.parametrize('check', [False, True])
+    def test_a_mistake_is_told(self, tmp, ini, words, code, check):
+        (tmp / 'app.py').write_text(HELLO + 'number = 42\n')
+        for name in 'fake', 'broken':
+            (tmp / name / 'bin').mkdir(parents=True)
+        (tmp / 'fake' / 'bin' / 'python').symlink_to(sys.executable)
+        (tmp / 'broken' / 'bin' / 'python').write_text('nothing')
+        (tmp / 'broken' / 'bin' / 'python').chmod(0o755)
+        (tmp / 'x.ini').write_text(f'[uwsgi]\n{ini}\n')
+        found, output = run(tmp, 'x.ini', *['--check'] * check)
+        assert words in output and 'Traceback' not in output and found == code, output
+
+    def test_a_value_may_be_of_another_encoding(self, tmp):
+        (tmp / 'app.py').write_text(HELLO)
+        (tmp / 'x.ini').write_bytes(b'[uwsgi]\nmodule = app\nsocket = s\nset = name=caf\xe9\n')
+        assert run(tmp, 'x.ini', '--check')[0] == 0
+
+    def test_curl_says_when_there_is_no_answer(self, tmp):
+        assert run(tmp, '--curl', 'nowhere') == (1, 'minuwsgi: --curl nowhere: No such file or directory\n')
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(tmp / 'c'))
+            listener.listen()
+
+            def answer_nothing():
+                with listener.accept()[0] as connection:
+                    connection.recv(65536)
+            threading.Thread(target=answer_nothing).start()
+            assert run(tmp, '--curl', 'c') == (1, 'minuwsgi: --curl c: the connection was closed without an answer\n')
+
+    def test_a_command_without_its_file_asks_for_it(self, tmp):
+        assert run(tmp, '--stop') == (1, 'minuwsgi: --stop PIDFILE: which pidfile?\n')
+        assert "what is 'hello'?" in run(tmp, 'hello')[1]
+
+
 class TestReadme:
     """Whatever README.md shows has been tried, as it stands but for paths and ports."""
 
@@ -5794,7 +5855,7 @@ class TestReadme:
         def bare(text):
             return [re.sub(r'[\d.]+', '0', line) for line in text.splitlines()]
         server = self.serve(place, 'example.ini')
-        real = server.log.replace(f'{place.tmp}/s', '/tmp/minuwsgi.sock') + '\n' + server.ask().text
+        real = server.log.replace(f'{place.tmp}/s', '/tmp/minuwsgi.sock') + '\n' + server.ask().raw.decode()
         with connect(place.http) as connection:
             connection.sendall(b'GET / HTTP/1.0\r\nHost: x\r\n\r\n')
             real += '\n' + Answer(read_all(connection)).text
