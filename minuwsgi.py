@@ -69,7 +69,7 @@ __version__ = '0.1'
 # environment (UWSGI_*), the command line and INI files. Config gathers the list (files include files;
 # if and for blocks choose and repeat lines), then fills in $(ENV), @(file) and %(name), looks each
 # name up in the table and converts its value. Every line has a fate: used, always (needs no switch
-# here), unsupported, variable (only a name for %(name)) or unknown. All mistakes in files are told at once.
+# here), unsupported, variable (only a name for %(name)) or unknown. All mistakes are told at once.
 
 class ConfigError(Exception):
     """A mistake in the configuration; its text says where, what and what to do."""
@@ -715,16 +715,15 @@ class Config:
             setting.warnings.append(f'{name} = {value}: {expected}; {taken}')
             if not value:
                 return
-        wrong = ConfigError(f"'{name} = {value}': {expected}")
         try:
             result = option.convert(value)
         except ValueError:
             if option.kind not in ('number', 'positive', 'seconds') or not (boolean or value[:1].isdecimal()):
-                raise wrong from None
+                return setting.errors.append(f"'{name} = {value}': {expected}")
             result = leading_number(value) or (option.default if option.kind == 'positive' else 0)
             setting.warnings.append(f'{name} = {value}: {expected}; taken as {result}')
         if option.allowed and not option.allowed(result):
-            raise wrong
+            return setting.errors.append(f"'{name} = {value}': {expected}")
         if option.many:
             result = (*getattr(self, option.attribute), result)
         elif option in self.setters:
@@ -745,7 +744,8 @@ def show_config(config):
             value = f'{name}=***' if equals else '***'
         elif setting.fate != 'used' and is_secret(setting.name):
             value = '***'
-        remark = setting.reason or '; '.join(setting.told(setting.warnings + setting.errors))
+        said = setting.told(setting.warnings + setting.errors) if setting.fate in ('used', 'variable') else []
+        remark = '; '.join(filter(None, [*said, setting.reason]))
         line = f'{setting.fate:12}{setting.name} = {value}  ({setting.where})  {remark}'.rstrip()
         for secret in secrets:
             line = line.replace(secret, '***')
