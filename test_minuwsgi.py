@@ -1,6 +1,7 @@
 """Tests of minuwsgi: what it promises, in the order of the module.
 
     python3 -m pytest test_minuwsgi.py                  all
+    python3 -m pytest -n 2 test_minuwsgi.py             two at a time, with pytest-xdist
     python3 -m pytest test_minuwsgi.py -k vacuum        those with a word in their name
     python3 test_minuwsgi.py --soak 15                  mixed load, reloads and kills for 15 minutes
 
@@ -5830,6 +5831,7 @@ class TestReadme:
         assert text.count('\n') == 1, 'one command, one line'
         command = place(text)
         if '-m pytest' in text:                         # all of it runs in .ci/run
+            pytest.importorskip('xdist')
             run_it, _, tests = command.rpartition('&& ')[2].partition(' -q ')
             command = f'{run_it} -q -p no:cacheprovider {tests.strip()} -k tools_work'
         elif '--bench' in text:
