@@ -5833,7 +5833,7 @@ class TestReadme:
         if '-m pytest' in text:                         # all of it runs in .ci/run
             pytest.importorskip('xdist')
             run_it, _, tests = command.rpartition('&& ')[2].partition(' -q ')
-            command = f'{run_it} -q -p no:cacheprovider {tests.strip()} -k tools_work'
+            command = f'{run_it} -q -p no:cacheprovider {tests.strip()} -k tools_work'.replace('-n 2', '-n 0')
         elif '--bench' in text:
             return                                      # with what it prints, below
         elif 'minuwsgi.py' in text and '--curl' not in text and '--readme' not in text:
