@@ -5419,7 +5419,7 @@ class TestBadClients:
                 client.close()
             for client in clients[::2]:
                 assert Answer(read_all(client)).status == '200 OK'
-        assert int(server.ask('/counted').body) == 20
+        assert 20 <= int(server.ask('/counted').body) <= 25         # 39 without; a slow machine closes some too late
 
     def test_who_is_slow_holds_a_worker_for_the_timeout_and_who_is_steady_is_served(self, start):
         """A byte now and then, in the head or the body; nothing read of a response, or a little: a worker for each."""
