@@ -3901,6 +3901,10 @@ class Child:
         """The rows of the cores that are serving."""
         return [row for row in self.rows or () if row.numbers[STARTED]]
 
+    def since(self):
+        """When the oldest of its requests began, inf without one. Each is read once: it may end meanwhile."""
+        return min((began for row in self.rows or () if (began := row.numbers[STARTED])), default=math.inf)
+
     def is_deaf(self):
         """Idle, and yet it hasn't noticed that it was told to stop? One of another language can't say."""
         return self.retire == signal.SIGHUP and self.rows and self.rows[0].numbers[LEAVING] != 2 and not self.busy()
@@ -4077,7 +4081,7 @@ class Master:
                     child.kill_at, child.why_killed = now, 'it is idle, and heeds no signal: did the application ' \
                         'set a handler of its own?'
             elif self.config.harakiri and child.kill_at == math.inf:
-                since = min((row.numbers[STARTED] for row in child.busy()), default=math.inf)
+                since = child.since()
                 if now >= since + self.config.harakiri:         # it has a second to tell where it is
                     os.kill(child.pid, signal.SIGALRM)
                     child.kill_at = now + self.config.harakiri_graceful_timeout
@@ -4099,8 +4103,7 @@ class Master:
             if not child.is_ready() and child.rows[0].numbers[READY]:
                 deadlines.append(child.rows[0].numbers[READY])
             if self.config.harakiri and child.kill_at == math.inf:      # no request can be overdue before that
-                began = min((row.numbers[STARTED] for row in child.busy()), default=now)
-                deadlines.append(began + self.config.harakiri)
+                deadlines.append(min(child.since(), now) + self.config.harakiri)
             if self.config.max_worker_lifetime and child.rows and not child.must_go():
                 deadlines.append(self.end_of_life(child))
         if now < self.not_before and not self.stopping:
@@ -4286,7 +4289,7 @@ class Master:
         log(f'worker {child.number} (pid {child.pid}) died: {self.describe_exit(code)}, {when}, peak rss {rss} MB')
         self.failures = 0 if answered or doing else self.failures + 1
         if self.failures:
-            delay = min(30, 0.5 * 2 ** (self.failures - 1))
+            delay = min(30, 0.5 * 2 ** min(self.failures - 1, 6))
             self.not_before = now + delay
             log(f'a new one comes in {delay:g} s')
 
