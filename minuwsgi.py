@@ -3956,6 +3956,7 @@ class Master:
         if 0 < config.cheaper < config.processes:
             self.wanted = min(max(config.cheaper, config.cheaper_initial), config.processes)
         self.calm, self.last_busy, self.last_answered = 0, time.monotonic(), 0
+        self.turn = 0.0                                 # when converge() looked last
         self.stopping = 0                               # how often we were told to
         self.proof = None                               # the pid of the child that tries a reload
         self.reload_wanted = self.stuck = False         # stuck: after a reload that failed half-way
@@ -4043,7 +4044,7 @@ class Master:
 
     def converge(self):
         self.reap()
-        now = time.monotonic()
+        now = self.turn = time.monotonic()
         self.keep_deadlines(now)
         if now >= self.tick and not self.stopping:
             self.look_round(now)
@@ -4100,7 +4101,7 @@ class Master:
         deadlines = [self.tick] if not self.stopping else []
         for child in self.children.values():
             deadlines += child.kill_at, child.stop_at
-            if not child.is_ready() and child.rows[0].numbers[READY]:
+            if not child.old and child.rows[0].numbers[READY] > self.turn:      # even if it has come since then
                 deadlines.append(child.rows[0].numbers[READY])
             if self.config.harakiri and child.kill_at == math.inf:      # no request can be overdue before that
                 deadlines.append(min(child.since(), now) + self.config.harakiri)
