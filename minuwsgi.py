@@ -1031,8 +1031,17 @@ def owner(names):
     return uid, gid
 
 
+def plain_address(address):
+    """'unix:///run/s' and 'unix:/run/s' -> '/run/s'."""
+    for prefix in 'unix://', 'unix:':
+        if address.startswith(prefix):
+            return address[len(prefix):]
+    return address
+
+
 def check_address(address):
     """Refuse what can't be right, before bind() does in fewer words."""
+    address = plain_address(address)
     path, port, why = os.path.abspath(address), address.rpartition(':')[2], None
     if address.startswith('fd://'):
         why = None if address[5:].isdecimal() else f'{address[5:]!r} is no descriptor; write fd://3'
@@ -1057,12 +1066,10 @@ class Listener:
 
     def __init__(self, address, protocol, config, fd=None, inode=None):
         self.address, self.protocol, self.inode = address, protocol, inode and tuple(inode)
-        for prefix in ('unix://', 'unix:'):
-            if address.startswith(prefix):
-                address = address[len(prefix):]
-        check_address(address)
-        if fd is None and address.startswith('fd://'):
-            fd = int(address[5:])
+        address = plain_address(address)
+        if fd is None:
+            check_address(address)
+            fd = int(address[5:]) if address.startswith('fd://') else None
         self.path = None if ':' in address or address[:1] == '@' else os.path.abspath(address)
         self.name = address
         try:

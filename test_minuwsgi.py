@@ -3,6 +3,7 @@
     python3 -m pytest test_minuwsgi.py                  all
     python3 -m pytest -n 2 test_minuwsgi.py             two at a time, with pytest-xdist
     python3 -m pytest test_minuwsgi.py -k vacuum        those with a word in their name
+    python3 test_minuwsgi.py --bench | --fuzz N | --soak MINUTES
     python3 test_minuwsgi.py --soak 15                  mixed load, reloads and kills for 15 minutes
 
 A test starts the real server in a directory of its own and talks to it over real sockets. It waits
@@ -3126,7 +3127,7 @@ def test_cgi_that_is_silent_for_too_long_is_killed(cgi, tmp):
 
 
 # ---------------------------------------------------------------------------------------------
-# 8. Jobs and offload threads
+# 9. Jobs and offload threads
 
 class TestOffload:
     """What a client doesn't take at once costs no worker, and arrives whole."""
@@ -3183,7 +3184,7 @@ class TestOffload:
 
 
 # ---------------------------------------------------------------------------------------------
-# 9. and 10. Worker and master
+# 10. to 14. Worker, loading, statistics, master, command line
 
 SLOW = APPS + """
 def slow(e, s):
@@ -4068,7 +4069,7 @@ class TestSystemd:
 
 
 # ---------------------------------------------------------------------------------------------
-# 11. In a hostile world: bad applications, and who would like to be somebody else
+# All of it in a hostile world: bad applications, and who would like to be somebody else
 
 BAD_APPS = SLOW + '''
 def ten_thousand_headers(e, s):
@@ -4664,7 +4665,7 @@ def test_a_short_soak_finds_nothing():
 
 
 # ---------------------------------------------------------------------------------------------
-# 12. Behind nginx, with real applications
+# All of it behind nginx, with real applications
 
 NGINX_CONF = '''
 daemon off;
@@ -5702,7 +5703,7 @@ def fuzz_for_long(number, first=1):
 
 
 # ---------------------------------------------------------------------------------------------
-# 13. The front door: README.md, example.ini, and the shape of the whole
+# The front door: README.md, example.ini, and the shape of the whole
 
 README, EXAMPLE, SOURCE = HERE / 'README.md', HERE / 'example.ini', MINUWSGI.read_text()
 
@@ -5764,6 +5765,11 @@ class TestMessages:
         (tmp / 'x.ini').write_text(f'[uwsgi]\n{ini}\n')
         found, output = run(tmp, 'x.ini', *['--check'] * check)
         assert words in output and 'Traceback' not in output and found == code, output
+
+    @pytest.mark.parametrize('prefix', ['unix:', 'unix://'])
+    def test_check_takes_the_addresses_that_a_start_takes(self, start, tmp, prefix):
+        server = start(ini=f'socket = {prefix}{tmp}/s')
+        assert server.ask().text == 'hello\n' and run(tmp, 'app.ini', '--check')[0] == 0
 
     def test_a_value_may_be_of_another_encoding(self, tmp):
         (tmp / 'app.py').write_text(HELLO)
