@@ -776,14 +776,12 @@ Commands:
 # ---------------------------------------------------------------------------------------------
 # 2. Waiting, and the log
 #
-# Everything goes to descriptor 2, which `logto` puts on a file. One line is one os.write(), so that
-# the lines of many processes don't mix. A log that can't be written (disk full, pipe closed, or full
-# because nobody reads it) is no reason to stop serving: lines are lost then, and counted. O_NONBLOCK
-# would hold for other programs that share the descriptor too: so it is RWF_NOWAIT, or poll.
-
-EXIT_CONFIG = 1                         # a mistake in the configuration, an address that can't be bound
-EXIT_NO_APP = 22                        # the application can't be loaded; uWSGI's number
-
+# Nobody waits here without a bound: it is poll(2) with a time, or RWF_NOWAIT, which saves even that.
+#
+# Everything that is logged goes to descriptor 2, which `logto` puts on a file. One line is one
+# os.write(), so that the lines of many processes don't mix. A log that can't be written (disk full,
+# pipe closed, or full because nobody reads it) is no reason to stop serving: lines are lost then, and
+# counted. O_NONBLOCK would hold for other programs that share the descriptor too.
 
 log_date = []                           # of the option log-date: the format of strftime(), or nothing
 
@@ -2596,6 +2594,13 @@ NUMBERS = PACKET_MAX + 261              # for a bad packet Expected.rest() looks
 ROW_SIZE = NUMBERS + 8 * 8
 
 
+def memory_of(pid='self'):
+    """(address space, resident memory) of a process in bytes, see proc(5) on statm; zeros where it can't be read."""
+    with contextlib.suppress(OSError), open(f'/proc/{pid}/statm') as file:
+        return [int(pages) * mmap.PAGESIZE for pages in file.read().split()[:2]]
+    return 0, 0
+
+
 class Row:
     """What one core of a worker is doing; written by its worker, read by the master.
 
@@ -3369,9 +3374,7 @@ class Worker:
         if answered >= self.most:
             self.leave(f'max-requests, it has answered {answered}')
         elif config.reload_on_rss or config.reload_on_as:
-            size = rss = 0                              # where there is no /proc
-            with contextlib.suppress(OSError), open('/proc/self/statm') as file:
-                size, rss = [int(pages) * mmap.PAGESIZE >> 20 for pages in file.read().split()[:2]]
+            size, rss = [size >> 20 for size in memory_of()]
             for name, most, is_now in ('rss', config.reload_on_rss, rss), ('as', config.reload_on_as, size):
                 if most and is_now >= most:
                     self.leave(f'reload-on-{name} = {most}, it has {is_now} MB after {self.rows[0].request()}')
@@ -3470,6 +3473,10 @@ class Worker:
 #
 # The application is loaded once, in the master before the fork: the workers share its memory, and a
 # mistake in it shows before anybody is served. Whatever fails is said with where it was looked for.
+
+EXIT_CONFIG = 1                         # a mistake in the configuration, an address that can't be bound
+EXIT_NO_APP = 22                        # the application can't be loaded; uWSGI's number
+
 
 def check_command(command, config):
     """Is the program there? For --check, and so before a reload: does it load its application?"""
@@ -3736,11 +3743,7 @@ class Stats:
         numbers = [row.numbers for row in child.rows or ()]
         total = {name: sum(row[i] for row in numbers) for name, i in
                  (('requests', REQUESTS), ('errors', ERRORS), ('busy', BUSY))}
-        try:
-            with open(f'/proc/{child.pid}/statm') as file:
-                vsz, rss = [int(pages) * mmap.PAGESIZE for pages in file.read().split()[:2]]
-        except OSError:
-            vsz = rss = 0
+        vsz, rss = memory_of(child.pid)
         requests = int(total['requests'])
         status = 'busy' if child.busy() else 'idle'
         return {'id': child.number, 'pid': child.pid, 'accepting': int(child.is_ready() and not child.stop_with),
@@ -4144,11 +4147,10 @@ class Master:
     def weigh_programs(self):
         """reload-on-rss for programs that don't know of it."""
         for child in self.children.values():
-            with contextlib.suppress(OSError), open(f'/proc/{child.pid}/statm') as file:
-                rss = int(file.read().split()[1]) * mmap.PAGESIZE >> 20
-                if rss >= self.config.reload_on_rss and not child.must_go():
-                    log(f'worker {child.number} (pid {child.pid}) leaves: reload-on-rss, it has {rss} MB')
-                    child.rows[0].numbers[LEAVING] = 1
+            rss = memory_of(child.pid)[1] >> 20
+            if rss >= self.config.reload_on_rss and not child.must_go():
+                log(f'worker {child.number} (pid {child.pid}) leaves: reload-on-rss, it has {rss} MB')
+                child.rows[0].numbers[LEAVING] = 1
 
     def scale(self, busy, there):
         """cheaper: a step more when all workers are busy, or (backlog) too many connections wait; one less when two
