@@ -45,6 +45,7 @@ opened, and close() of its result is always called.
 import collections
 import contextlib
 import errno
+import functools
 import gc
 import io
 import itertools
@@ -1197,6 +1198,15 @@ def set_scheme(environ):
         'https' if https else environ.get('REQUEST_SCHEME') or 'http')
 
 
+@functools.lru_cache(1000)              # clients can invent headers
+def variable_name(raw):
+    """A name behind the high byte of its size, which must be 0: else it would be ignored."""
+    if raw[:1] != '\0' or len(raw) < 2:
+        what = {'\0': 'a variable without a name', '': 'the lengths in the block of variables do not add up'}
+        raise BadRequest(what.get(raw, 'a name of more than 255 bytes'))
+    return sys.intern(raw[1:])
+
+
 class Expected:
     """What the next packet looks like, guessed from an earlier one: -4 us of 14 for each request. Core.serve()
     compares packets with `plan`; here it is made (learn_order), and what doesn't fit it is read (rest).
@@ -1210,7 +1220,6 @@ class Expected:
 
     def __init__(self, base):
         self.base = base                                # the environ without the web server's variables
-        self.names = {}                                 # size's high byte + name -> name
         # start (or None) and where it ends, what gives the environ up to there, the pieces after it; for other
         # packets what gives the environ, and all pieces; how many variables. No text is equal to 'nothing'.
         self.plan = None, 4, base.copy, (), base.copy, (('nothing', 0, ''),), 0
@@ -1224,12 +1233,12 @@ class Expected:
             environ.pop(name, None)
             if name in self.base:                       # SCRIPT_NAME is always there
                 environ[name] = self.base[name]
-        names, end = self.names, len(text)
+        end = len(text)
         while at < end:
             middle = at + 2 + memory[at]
             value = middle + 2
             after = value + memory[middle] + (memory[middle + 1] << 8)
-            name = names.get(text[at + 1:middle]) or self.learn_name(text[at + 1:middle])
+            name = variable_name(text[at + 1:middle])
             if name[:5] == 'HTTP_' and name in environ:
                 environ[name] += ('; ' if name == 'HTTP_COOKIE' else ', ') + text[value:after]
             else:
@@ -1245,36 +1254,24 @@ class Expected:
             raise BadRequest('a chunked body without a length: set uwsgi_request_buffering on', '411 Length Required')
         self.countdown -= 1
         if self.countdown < 0:                          # now and then: traffic changes
-            self.countdown = 200
-            self.learn_order(memory, text)
+            self.countdown = 200 if self.learn_order(memory, text) else 0
         return number
 
-    def learn_name(self, raw):
-        if raw[:1] != '\0' or len(raw) < 2:             # else the high byte of the size would be ignored
-            what = {'\0': 'a variable without a name', '': 'the lengths in the block of variables do not add up'}
-            raise BadRequest(what.get(raw, 'a name of more than 255 bytes'))
-        name = sys.intern(raw[1:])
-        if len(self.names) < 1000:                      # clients can invent headers
-            self.names[raw] = name
-        return name
-
     def learn_order(self, memory, text):
-        """Make the plan from a block that was found to be right."""
+        """Make the plan from a block that was found to be right; False for one that is no good example."""
         found, at = {}, 4                               # name -> (where its value begins, where it ends)
         while at < len(text):
             value = at + 4 + memory[at]
             after = value + memory[value - 2] + (memory[value - 1] << 8)
             name = sys.intern(text[at + 2:value - 2])
             if name in found or name in UNPLANNED:
-                self.countdown = 0                      # not a good example
-                return
+                return False
             found[name] = value, after
             at = after
         names = list(found)
         last = max((i for i, name in enumerate(names) if name not in CONSTANT), default=-1)
         if not SCHEME.isdisjoint(names[last + 1:]):     # the template couldn't have its value
-            self.countdown = 0
-            return
+            return False
         pieces, template, constants, begin, first = [], dict(self.base), [], 4, 0
         for i, (name, (value, after)) in enumerate(found.items()):
             if name in CONSTANT and i < last:
@@ -1298,6 +1295,7 @@ class Expected:
                 started = {**template, **begun}
                 later = ('', 0, 'REQUEST_URI'), *pieces[[name for _, _, name in pieces].index('REQUEST_URI') + 1:]
         self.plan = start, end, started.copy, later, template.copy, tuple(pieces), len(found)
+        return True
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1312,34 +1310,22 @@ TOKEN = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJ
 HOST = frozenset("-._~%!$&'()*+,;=:[]0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 CONTROL = bytes((*range(9), *range(10, 32), 127))       # all but the tab
 SINGLE = frozenset(('CONTENT_LENGTH', 'CONTENT_TYPE', 'HTTP_HOST', 'HTTP_TRANSFER_ENCODING'))
-HEADER_KEYS = {}                        # a header's name as it was sent -> its key in the environ, '' for none
 
 
+def refuse_controls(raw):
+    if len(raw) - len(raw.translate(None, CONTROL)) != 2 * raw.count(b'\r\n'):
+        raise BadRequest('a control character in the head')
+
+
+@functools.lru_cache(1000)
 def header_key(name):
     """'User-Agent' -> 'HTTP_USER_AGENT'; '' where the header must not reach the application."""
     if not name or not TOKEN.issuperset(name):
         raise BadRequest(f'no name of a header: {name[:100]!r}')
     key = name.upper().replace('-', '_')
-    if '_' in name or key == 'PROXY':
-        key = ''                        # X_A would pass for X-A; HTTP_PROXY would steer the application's clients
-    elif key not in ('CONTENT_TYPE', 'CONTENT_LENGTH'):
-        key = 'HTTP_' + key
-    if len(HEADER_KEYS) < 1000:         # clients can invent headers
-        HEADER_KEYS[name] = sys.intern(key)
-    return key
-
-
-def target_path(method, target, environ):
-    """The path of a target that doesn't begin with /: http://host/path, or * of OPTIONS."""
-    scheme, slashes, rest = target.partition('://')
-    if slashes and scheme.lower() in ('http', 'https'):
-        environ['HTTP_HOST'], _, path = rest.partition('/')
-        if environ['HTTP_HOST'] and HOST.issuperset(environ['HTTP_HOST']):
-            return '/' + path
-    elif target == '*' and method == 'OPTIONS':
-        return target
-    raise BadRequest(f'the target {target[:100]!r}',
-                     '501 Not Implemented' if method == 'CONNECT' else '400 Bad Request')
+    if '_' in name or key == 'PROXY':   # X_A would pass for X-A; HTTP_PROXY would steer the application's clients
+        return ''
+    return sys.intern(key if key in ('CONTENT_TYPE', 'CONTENT_LENGTH') else 'HTTP_' + key)
 
 
 def unquote(path):
@@ -1347,8 +1333,22 @@ def unquote(path):
     return unquote_to_bytes(path.encode('latin-1')).decode('latin-1')
 
 
+def target_path(method, target):
+    """(path, host) of a target that doesn't begin with /: http://host/path, or * of OPTIONS."""
+    scheme, slashes, rest = target.partition('://')
+    if slashes and scheme.lower() in ('http', 'https'):
+        host, _, path = rest.partition('/')
+        if host and HOST.issuperset(host):
+            return '/' + path, host
+    elif target == '*' and method == 'OPTIONS':
+        return target, None
+    raise BadRequest(f'the target {target[:100]!r}',
+                     '501 Not Implemented' if method == 'CONNECT' else '400 Bad Request')
+
+
 def parse_first_line(line, environ):
-    parts = line.split(' ')
+    """Read 'GET /path?query HTTP/1.1' into environ; the host if the target names one."""
+    parts, host = line.split(' '), None
     if len(parts) != 3 or not parts[0] or not TOKEN.issuperset(parts[0]):
         raise BadRequest('the first line is not METHOD TARGET HTTP/1.1')
     method, target, protocol = parts
@@ -1362,51 +1362,47 @@ def parse_first_line(line, environ):
         raise BadRequest('a fragment or a tab in the target')
     path, _, query = target.partition('?')
     if path[:1] != '/':
-        path = target_path(method, path, environ)
+        path, host = target_path(method, path)
     environ['PATH_INFO'] = path if '%' not in path else unquote(path)
     environ['QUERY_STRING'] = query
+    return host
 
 
-def join_headers(lines, environ):
-    """Some header came more than once, or is unwanted: gather the values anew."""
-    values = {}
-    for line in lines:
-        name, _, value = line.partition(':')
-        values.setdefault(header_key(name), []).append(value.strip(' \t'))
-    for key, several in values.items():
-        if len(several) > 1 and key in SINGLE:
-            raise BadRequest(f'{key.replace("HTTP_", "")} is there twice')
-        environ[key] = ('; ' if key == 'HTTP_COOKIE' else ', ').join(several)
-    environ.pop('', None)
-
-
-def parse_head(head, environ):
-    """Read a request head (bytes, without the empty line at its end) into environ."""
-    lines = head.decode('latin-1').split('\r\n')
-    if len(lines[0]) > LINE_MAX:
-        raise BadRequest('the first line is too long', '414 URI Too Long')
+@functools.lru_cache(100)               # most clients send the same again: -4 us of 17
+def parse_fields(fields):
+    """The lines of a head but for the first (bytes) -> what they are in the environ."""
+    refuse_controls(fields)
+    lines, headers = fields.decode('latin-1').split('\r\n') if fields else [], {}
     if len(lines) > FIELDS_MAX:
         raise BadRequest(f'more than {FIELDS_MAX} headers', '431 Request Header Fields Too Large')
-    if len(head) - len(head.translate(None, CONTROL)) != 2 * len(lines) - 2:
-        raise BadRequest('a control character in the head')
-    parse_first_line(lines.pop(0), environ)
-    host = environ.pop('HTTP_HOST', None)               # of a target http://host/path: it counts then
-    before = len(environ)
     for line in lines:
         name, colon, value = line.partition(':')
         if not colon:
             raise BadRequest(f'no header: {line[:100]!r}')
-        key = HEADER_KEYS.get(name)
-        if key is None:
-            key = header_key(name)
-        environ[key] = value.strip(' \t')
-    if len(environ) != before + len(lines) or '' in environ:
-        join_headers(lines, environ)
-    if 'HTTP_HOST' not in environ and environ['SERVER_PROTOCOL'] == 'HTTP/1.1':
-        raise BadRequest('no Host')
-    if not HOST.issuperset(environ.get('HTTP_HOST', '')):
+        key, value = header_key(name), value.strip(' \t')
+        if key in headers:
+            if key in SINGLE:
+                raise BadRequest(f'{key.replace("HTTP_", "")} is there twice')
+            value = headers[key] + ('; ' if key == 'HTTP_COOKIE' else ', ') + value
+        headers[key] = value
+    headers.pop('', None)
+    if not HOST.issuperset(headers.get('HTTP_HOST', '')):
         raise BadRequest('a Host that is no name of a host')
-    if host is not None:
+    return headers
+
+
+def parse_head(head, environ):
+    """Read a request head (bytes, without the empty line at its end) into environ."""
+    line, _, fields = head.partition(b'\r\n')
+    refuse_controls(line)
+    if len(line) > LINE_MAX:
+        raise BadRequest('the first line is too long', '414 URI Too Long')
+    host = parse_first_line(line.decode('latin-1'), environ)
+    headers = parse_fields(fields) if len(fields) < 4096 else parse_fields.__wrapped__(fields)
+    if 'HTTP_HOST' not in headers and environ['SERVER_PROTOCOL'] == 'HTTP/1.1':
+        raise BadRequest('no Host')
+    environ.update(headers)
+    if host is not None:                                # it counts then, whatever the header says
         environ['HTTP_HOST'] = host
 
 
@@ -1417,8 +1413,7 @@ def words(value):
 
 def keeps(environ):
     """May more requests follow on this connection?"""
-    wish = environ.get('HTTP_CONNECTION', '').lower()
-    wish = words(wish) if ',' in wish else (wish,)
+    wish = words(environ.get('HTTP_CONNECTION', ''))
     return 'close' not in wish and (environ['SERVER_PROTOCOL'] == 'HTTP/1.1' or 'keep-alive' in wish)
 
 
@@ -1431,16 +1426,16 @@ def content_length(value):
 def body_length(environ):
     """How many bytes of body follow a head; -1: chunked."""
     coding, length = environ.get('HTTP_TRANSFER_ENCODING'), environ.get('CONTENT_LENGTH')
-    if coding is not None:
-        if length is not None or environ['SERVER_PROTOCOL'] == 'HTTP/1.0':
-            raise BadRequest('Transfer-Encoding beside Content-Length or in HTTP/1.0')
-        codings = words(coding)
-        if codings != ['chunked']:      # where chunked isn't the last one, nobody knows the length
-            understood = codings[-1] == 'chunked' and codings.count('chunked') == 1 and all(codings)
-            raise BadRequest(f'Transfer-Encoding {coding[:50]!r}',
-                             '501 Not Implemented' if understood else '400 Bad Request')
-        return -1
-    return content_length(length) if length is not None else 0
+    if coding is None:
+        return content_length(length) if length is not None else 0
+    if length is not None or environ['SERVER_PROTOCOL'] == 'HTTP/1.0':
+        raise BadRequest('Transfer-Encoding beside Content-Length or in HTTP/1.0')
+    codings = words(coding)
+    if codings != ['chunked']:          # where chunked isn't the last one, nobody knows the length
+        understood = codings[-1] == 'chunked' and codings.count('chunked') == 1 and all(codings)
+        raise BadRequest(f'Transfer-Encoding {coding[:50]!r}',
+                         '501 Not Implemented' if understood else '400 Bad Request')
+    return -1
 
 
 def hopeless(data):
@@ -1455,25 +1450,29 @@ def hopeless(data):
         return 'a line ends without CR',
     if len(data) > LINE_MAX and b'\r\n' not in data[:LINE_MAX]:
         return 'the first line is too long', '414 URI Too Long'
-    return None
+    return ('the head is too long', '431 Request Header Fields Too Large') if len(data) > HEAD_MAX else None
 
 
 def client_address(environ, trusted):
-    """Behind a proxy that is trusted: who is its client? X-Forwarded-For has each proxy's client, the last
+    """Behind proxies that are trusted: who is the client? X-Forwarded-For has each proxy's client, the last
     one's at the end; what stands left of an address that isn't trusted may be invented."""
     from ipaddress import ip_address
-    for value in reversed(environ.get('HTTP_X_FORWARDED_FOR', '').split(',')):
-        value = value.strip(' \t')
-        try:
-            address = ip_address(value)
-        except ValueError:
-            break
-        environ['REMOTE_ADDR'], environ['REMOTE_PORT'] = value, ''
-        if not any(address in network for network in trusted):
-            break
-    scheme = words(environ.get('HTTP_X_FORWARDED_PROTO', ''))[-1]
-    if scheme in ('http', 'https'):
-        environ['wsgi.url_scheme'] = scheme
+
+    def trusts(address):
+        return any(ip_address(address) in network for network in trusted)
+    try:
+        if not trusts(environ['REMOTE_ADDR']):
+            return
+        scheme = words(environ.get('HTTP_X_FORWARDED_PROTO', ''))[-1]
+        if scheme in ('http', 'https'):
+            environ['wsgi.url_scheme'] = scheme
+        for address in reversed(words(environ.get('HTTP_X_FORWARDED_FOR', ''))):
+            is_proxy = trusts(address)
+            environ['REMOTE_ADDR'], environ['REMOTE_PORT'] = address, ''
+            if not is_proxy:
+                return
+    except ValueError:                                  # no address (a unix socket has none)
+        pass
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1481,27 +1480,27 @@ def client_address(environ, trusted):
 #
 # The application gets environ and start_response, and returns an iterable of bytes. One Response
 # for each thread that serves is used for one request after the other: it checks the head, holds the
-# application to the length that it promised, and sends. Whoever owns the descriptor of a connection
-# closes it: that is the worker, until Core.let_go() gives it to an Offloader, which calls done() once.
+# application to the length that it promised, and sends. What there is to send becomes a job: a
+# generator that does what can be done at once and yields (event, seconds) when it has to wait, so
+# that the worker can leave it to somebody else (part 9).
 
 SMALL = 32768                           # so much always fits into an empty socket buffer: write() can't block
-IOV_MAX = 1024
-READ_MAX = 65536
+IOV_MAX, READ_MAX = 1024, 65536         # the most pieces that writev(2) takes; bytes to read at once
+KEEP_UP = 0.01                          # seconds that a worker spends on a job once it had to wait
 
 
-def wait_for(fd, event, deadline):
-    """Wait until a descriptor is ready; deadline in seconds of time.monotonic()."""
-    if not ready_within(fd, event, max(0, deadline - time.monotonic())):
+def wait_for(fd, event, seconds):
+    if not ready_within(fd, event, seconds):
         raise ClientGone(errno.ETIMEDOUT, 'the client was too slow')
 
 
 def read_some(fd, buffer, deadline):
-    """Read at least one byte into buffer (writable); how many."""
+    """Read at least one byte into buffer (writable), before a time.monotonic(); how many."""
     while True:
         try:
             got = os.preadv(fd, [buffer], -1, NOWAIT)
         except BlockingIOError:
-            wait_for(fd, select.POLLIN, deadline)
+            wait_for(fd, select.POLLIN, max(0, deadline - time.monotonic()))
             continue
         except ConnectionError:
             got = 0
@@ -1510,36 +1509,28 @@ def read_some(fd, buffer, deadline):
         return got
 
 
-def write_some(fd, chunks):
-    """Write what fits of a list of bytes to a non-blocking descriptor, and leave the rest in the list."""
-    try:
-        sent = os.writev(fd, chunks[:IOV_MAX])
-    except ConnectionError:
-        raise ClientGone(0, 'before the end of the response') from None
-    done = 0
-    while done < len(chunks) and sent >= len(chunks[done]):
-        sent -= len(chunks[done])
-        done += 1
-    del chunks[:done]
-    if sent:
-        chunks[0] = memoryview(chunks[0])[sent:]
-
-
-KEEP_UP = 0.01                          # seconds that a worker spends on a job once it had to wait
-
-
 def send_chunks(fd, chunks, seconds):
-    """A job that sends a list of bytes. `seconds`: until the socket must be writable again each time, which it is
-    when a good part of its buffer is free."""
+    """A job that sends a list of bytes, and empties it. `seconds`: until the socket must be writable again each
+    time, which it is when a good part of its buffer is free."""
     while chunks:
         try:
-            write_some(fd, chunks)
+            sent = os.writev(fd, chunks[:IOV_MAX])
         except BlockingIOError:
             yield select.POLLOUT, seconds
+            continue
+        except ConnectionError:
+            raise ClientGone(0, 'before the end of the response') from None
+        done = 0
+        while done < len(chunks) and sent >= len(chunks[done]):
+            sent -= len(chunks[done])
+            done += 1
+        del chunks[:done]
+        if sent:
+            chunks[0] = memoryview(chunks[0])[sent:]
 
 
 def send_file(fd, head, file, offset, count, seconds):
-    """Send head (a list of bytes), then count bytes of a file from offset; close the file's descriptor."""
+    """A job that sends head (a list of bytes), then count bytes of a file from offset; closes the file's descriptor."""
     try:
         yield from send_chunks(fd, head, seconds)
         while count:
@@ -1555,7 +1546,7 @@ def send_file(fd, head, file, offset, count, seconds):
                     raise
                 data = os.pread(file, min(count, 1 << 18), offset)      # a file system without sendfile
                 sent = len(data)
-                yield from send_chunks(fd, [data] if data else [], seconds)
+                yield from send_chunks(fd, [data], seconds)
             if not sent:
                 raise OSError(errno.EIO, f'the file became {count} bytes shorter while it was sent')
             offset += sent
@@ -1564,13 +1555,14 @@ def send_file(fd, head, file, offset, count, seconds):
         os.close(file)
 
 
-def drain(fd):
-    """Take what the client still sends, for at most 64 MiB, a minute or 2 s of silence, so that it reads
-    our answer: closing with unread bytes would reset the connection, and nginx then answers 502."""
-    with socket.socket(fileno=os.dup(fd)) as connection:
+def then_drain(fd, job):
+    """A job, and then: take what the client still sends, for at most 64 MiB, a minute or 2 s of silence, so that it
+    reads our answer. Closing with unread bytes would reset the connection, and nginx then answers 502."""
+    yield from job
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
         connection.shutdown(socket.SHUT_WR)
-    left, until = 1 << 26, time.monotonic() + 60
     os.set_blocking(fd, False)
+    left, until = 1 << 26, time.monotonic() + 60
     while left > 0 and time.monotonic() < until:
         try:
             got = os.read(fd, READ_MAX)
@@ -1583,136 +1575,113 @@ def drain(fd):
 
 
 def run_a_while(fd, job):
-    """Run a job, from its first wait on for KEEP_UP. Returns None when it is done, else the job, begun,
-    with what it waits for: (job, event, seconds)."""
+    """Run a job, from its first wait on for KEEP_UP. Returns None when it is done, else the job."""
     until = None
-    for event, seconds in job:
+    for event, _ in job:
         now = time.monotonic()
         until = until or now + KEEP_UP
         if now >= until or not ready_within(fd, event, until - now):
-            return job, event, seconds
+            return job
     return None
 
 
-class EmptyInput:
+class EmptyInput(io.RawIOBase):
     """wsgi.input of all requests without a body: nothing to read, nothing to spoil."""
 
-    __slots__ = ()
+    def readinto(self, into):
+        return 0
 
-    def read(self, size=-1):
-        return b''
+    def readable(self):
+        return True
 
-    readline = read
-
-    def readlines(self, hint=-1):
-        return []
-
-    def __iter__(self):
-        return iter(())
+    def close(self):
+        pass
 
 
 BODY_RATE = 500                         # bytes a second: who sends less can't hold a worker for long
 
 
 class Body(io.RawIOBase):
-    """A request body of known length: what came with the head, then what the connection brings.
-    io.BufferedReader makes wsgi.input of it, and closes nothing."""
+    """A request body: what came with the head, then what the connection brings. io.BufferedReader makes wsgi.input
+    of it.  left: bytes that are still to come; -1: of a chunked body, as long as its end isn't read."""
 
-    def __init__(self, fd, begun, left, timeout):
+    def __init__(self, fd, begun, left, timeout, limit):
         self.fd, self.begun, self.left, self.timeout = fd, begun, left, timeout
         self.patience = timeout         # how long we would wait: what comes slower than BODY_RATE uses it up
         self.waited = lambda seconds: None              # is told how long the client let us wait
         self.wants_continue = False     # the client waits for 100 Continue before it sends
+        self.buffer, self.piece = bytearray(READ_MAX), b''
+        self.pieces = self.read_chunks(limit) if left < 0 else self.read_plain()
 
     def readable(self):
         return True
 
     def readinto(self, into):
-        size = min(len(into), self.left)
-        if not size:
-            return 0
-        if self.begun:
-            size = min(size, len(self.begun))
-            into[:size] = self.begun[:size]
-            self.begun = self.begun[size:]
-        else:
-            size = self.receive(memoryview(into)[:size])
-        self.left -= size
+        self.piece = self.piece or next(self.pieces, b'')
+        size = min(len(into), len(self.piece))
+        into[:size], self.piece = self.piece[:size], self.piece[size:]
         return size
 
-    def receive(self, into):
+    def receive(self):
+        """Wait for more from the client."""
         if self.wants_continue:
             self.wants_continue = False
-            write_some(self.fd, [b'HTTP/1.1 100 Continue\r\n\r\n'])
+            os.write(self.fd, b'HTTP/1.1 100 Continue\r\n\r\n')
         began = time.monotonic()
-        got = read_some(self.fd, into, began + self.patience)
+        got = read_some(self.fd, self.buffer, began + self.patience)
         waited = time.monotonic() - began
         self.patience = min(self.timeout, self.patience - waited + got / BODY_RATE)
         self.waited(waited)
-        return got
+        self.begun += self.buffer[:got]
 
-    def behind(self):
-        """What was read beyond the end: the next requests."""
-        return b''
+    def take(self, most):
+        """The next bytes, `most` at the most. What is left in `begun` after the end is the next request."""
+        if not self.begun:
+            self.receive()
+        data, self.begun = self.begun[:most], self.begun[most:]
+        return data
 
+    def read_plain(self):
+        while self.left:
+            data = self.take(self.left)
+            self.left -= len(data)
+            yield data
 
-class ChunkedBody(Body):
-    """A request body in chunks, RFC 9112 section 7.1. `left` is 1 until its end was read."""
+    def read_chunks(self, limit):
+        """RFC 9112 section 7.1."""
+        while size := self.chunk_size():
+            limit -= size
+            if limit < 0:
+                raise BadRequest('the body is larger than limit-post', '413 Content Too Large')
+            while size:
+                data = self.take(size)
+                size -= len(data)
+                yield data
+            if self.line():
+                raise BadRequest('a chunk is longer than its size')
+        for _ in range(FIELDS_MAX):
+            trailer = self.line()       # nobody needs them, but they have to be in order
+            if not trailer:
+                self.left = 0
+                return
+            header_key(trailer.partition(b':')[0].decode('latin-1') if b':' in trailer else '')
+        raise BadRequest('too many trailers', '431 Request Header Fields Too Large')
 
-    def __init__(self, fd, begun, timeout, limit):
-        super().__init__(fd, begun, 1, timeout)
-        self.at = 0                             # so much of `begun` is used
-        self.chunk = -1                         # bytes left of this chunk; -1: none was begun
-        self.limit = limit
-
-    def readinto(self, into):
-        if self.chunk <= 0 and self.left:
-            self.next_chunk()
-        if not self.left:
-            return 0
-        if self.at == len(self.begun):
-            self.more()
-        size = min(len(into), self.chunk, len(self.begun) - self.at)
-        into[:size] = self.begun[self.at:self.at + size]
-        self.at += size
-        self.chunk -= size
-        return size
-
-    def more(self):
-        buffer = bytearray(READ_MAX)
-        size = self.receive(buffer)
-        self.begun, self.at = self.begun[self.at:] + buffer[:size], 0
-
-    def next_chunk(self):
-        if self.chunk == 0 and self.line():
-            raise BadRequest('a chunk is longer than its size')
+    def chunk_size(self):
         size, semicolon, _ = self.line().partition(b';')
         size = size.rstrip(b' \t') if semicolon else size
         if not size or len(size) > 15 or size.strip(b'0123456789abcdefABCDEF'):
             raise BadRequest(f'no size of a chunk: {size[:30]!r}')
-        self.chunk = int(size, 16)
-        self.limit -= self.chunk
-        if self.limit < 0:
-            raise BadRequest('the body is larger than limit-post', '413 Content Too Large')
-        if self.chunk == 0:
-            for _ in range(FIELDS_MAX):
-                trailer = self.line()           # nobody needs them, but they have to be in order
-                if not trailer:
-                    self.left = 0
-                    return
-                header_key(trailer.partition(b':')[0].decode('latin-1') if b':' in trailer else '')
-            raise BadRequest('too many trailers', '431 Request Header Fields Too Large')
+        return int(size, 16)
 
     def line(self):
-        while (end := self.begun.find(b'\n', self.at)) < 0 and len(self.begun) - self.at <= 1024:
-            self.more()
-        line, self.at = self.begun[self.at:end + 1], end + 1
-        if not 1 < len(line) <= 1024 or line[-2:] != b'\r\n' or len(line.translate(None, CONTROL)) != len(line) - 2:
+        while (end := self.begun.find(b'\n') + 1) == 0 and len(self.begun) <= 1024:
+            self.receive()
+        line, self.begun = self.begun[:end], self.begun[end:]
+        if not 1 < len(line) <= 1024 or line[-2:] != b'\r\n':
             raise BadRequest('a bad line between chunks')
+        refuse_controls(line)
         return line[:-2]
-
-    def behind(self):
-        return bytes(self.begun[self.at:])
 
 
 class FileWrapper:
@@ -1738,26 +1707,30 @@ class FileWrapper:
         return fd, offset, max(0, status.st_size - offset)
 
 
-STATUS_LINES = {}                       # status that was checked -> (status line, has it no body)
-HEADER_KINDS = {}                       # header that was checked -> what is special about it, '' for nothing
+@functools.lru_cache(1)
+def date_line(second):
+    """The header Date for a time in whole seconds; strftime() would heed the locale."""
+    utc = time.asctime(time.gmtime(second))
+    return f"Date: {utc[:3]}, {utc[8:10].replace(' ', '0')} {utc[4:7]} {utc[20:]} {utc[11:19]} GMT\r\n".encode()
+
+
 HOP_BY_HOP = frozenset(('connection', 'keep-alive', 'proxy-authenticate', 'proxy-authorization', 'te', 'trailer',
                         'trailers', 'transfer-encoding', 'upgrade'))
 
 
+@functools.lru_cache(1000)
 def status_line(status):
-    """Check a status ('404 Not Found') that is new."""
+    """'404 Not Found' -> its line, and whether such a response has no body."""
     if type(status) is not str:
         raise TypeError(f'the status must be a str, not {type(status).__name__}')
     if not (status[:3].isascii() and status[:3].isdecimal() and status[3:4] in ('', ' ') and status.isprintable()):
         raise ValueError(f"{status!r} is no status such as '200 OK'")
-    line = f'HTTP/1.1 {status}\r\n', status[:3] in ('204', '304') or status[0] == '1'
-    if len(STATUS_LINES) < 1000:
-        STATUS_LINES[status] = line
-    return line
+    return f'HTTP/1.1 {status}\r\n', status[:3] in ('204', '304') or status[0] == '1'
 
 
+@functools.lru_cache(1000)
 def header_kind(name):
-    """Check the name of a response header that is new."""
+    """Check the name of a response header; its lower case if it is a special one, else ''."""
     if type(name) is not str:
         raise TypeError(f'the name of a header must be a str, not {type(name).__name__}')
     if not name or not TOKEN.issuperset(name):
@@ -1765,14 +1738,10 @@ def header_kind(name):
     kind = name.lower()
     if kind in HOP_BY_HOP:
         raise ValueError(f'{name} belongs to the connection: an application must not send it (PEP 3333)')
-    kind = kind if kind in ('content-length', 'date', 'server') else ''
-    if len(HEADER_KINDS) < 1000:
-        HEADER_KINDS[name] = kind
-    return kind
+    return kind if kind in ('content-length', 'date', 'server') else ''
 
 
-def check_value(name, value):
-    """A header's value that isn't only printable: nothing may end the line."""
+def refuse_line_ends(name, value):
     if '\n' in value or '\r' in value or '\0' in value:
         raise ValueError(f'a line end or NUL in the value of the header {name}: {value!r}')
 
@@ -1787,22 +1756,23 @@ def trimmed(chunks, size):
 
 
 class Response:
-    """One response after the other. start_response() builds the head; write() and finish() send.
+    """One response after the other. start_response() takes the head; write() and finish() send.
 
     length: promised by the application, None: unknown, -1: there is no body.  left: of it.  size: of the body, sent.
-    end: of the head, what the server adds.  headers: their number.  http: '' or 'HTTP/1.1' or 'HTTP/1.0'.
-    ending: how the connection ends: '' (as usual), 'cut', or 'drain' what the client sends."""
+    sent: is the head on its way?  http: '' or the version; then: keep, chunked, body (that of the request), and own,
+    the special headers that the application gave.  ending: 'cut' the connection, or 'drain' what comes."""
 
-    __slots__ = ('fd', 'timeout', 'status', 'head', 'end', 'headers', 'length', 'left', 'size', 'sent', 'no_body',
-                 'head_only', 'http', 'keep', 'chunked', 'blocking', 'job_timeout', 'ending', 'has_date', 'has_server',
-                 'date', 'body', 'extra')
+    __slots__ = ('fd', 'timeout', 'job_timeout', 'extra', 'status', 'head', 'headers', 'length', 'left', 'size', 'sent',
+                 'head_only', 'blocking', 'ending', 'http', 'keep', 'chunked', 'body', 'own')
 
     def __init__(self, config):
         self.timeout, self.job_timeout = config.socket_timeout, config.http_timeout
-        self.http = self.keep = self.chunked = self.sent = self.head_only = False
-        self.extra = ''.join(f'{header.strip()}\r\n' for header in config.add_header)
-        self.status, self.end, self.date, self.ending, self.size = None, self.extra + '\r\n', b'', '', 0
-        self.head, self.headers, self.body = b'', 0, None
+        self.extra = ''.join(f'{header.strip()}\r\n' for header in config.add_header).encode('latin-1') + b'\r\n'
+        self.status = self.length = self.left = self.body = None
+        self.ending = self.http = self.own = ''
+        self.head = b''
+        self.sent = self.keep = self.chunked = self.head_only = False
+        self.headers = self.size = 0
 
     def start_response(self, status, headers, exc_info=None):
         if self.status is not None:
@@ -1813,105 +1783,87 @@ class Response:
                     raise exc_info[1].with_traceback(exc_info[2])
                 finally:
                     exc_info = None
-        head, no_body = STATUS_LINES.get(status) or status_line(status)
-        length = None
+        head, no_body = status_line(status)
+        length, own = None, ''
         for name, value in headers:
-            kind = HEADER_KINDS.get(name)
-            if kind is None:
-                kind = header_kind(name)
-            if kind:
-                if kind == 'content-length':
-                    if not value.isdecimal():
-                        raise ValueError(f'Content-Length is {value!r}')
-                    length = int(value)
-                elif kind == 'date':
-                    self.has_date = True
-                else:
-                    self.has_server = True
+            kind = header_kind(name)
+            if kind == 'content-length':
+                if not value.isdecimal():
+                    raise ValueError(f'Content-Length is {value!r}')
+                length = int(value)
+            elif kind:
+                own += kind
             try:
                 if not value.isprintable():
-                    check_value(name, value)
+                    refuse_line_ends(name, value)
             except AttributeError:
                 raise TypeError(f'the value of {name} must be a str, not {type(value).__name__}') from None
             head += f'{name}: {value}\r\n'
-        self.head = (head + self.end).encode('latin-1')
-        self.headers = len(headers)
-        self.no_body = no_body = no_body or self.head_only
-        self.length = -1 if no_body else length
-        self.left = 0 if no_body else length
+        self.head, self.headers, self.own = head.encode('latin-1'), len(headers), own
+        no_body = no_body or self.head_only
+        self.length, self.left = (-1, 0) if no_body else (length, length)
         self.status = status
         return self.write
 
     def take_head(self):
-        """The head as bytes, to be sent now with what comes first."""
+        """The whole head as bytes, to be sent now with what comes first."""
         if self.status is None:
             raise AssertionError("the application didn't call start_response()")
         self.sent, self.size = True, 0
-        if not self.http:
-            return self.head
-        head = self.head[:-len(self.end)]               # what HTTP adds has to be found out now
-        if not self.has_date:
-            head += self.date
-        if not self.has_server:
-            head += b'Server: minuwsgi\r\n'
+        self.head += self.http_headers() + self.extra if self.http else self.extra
+        return self.head
+
+    def http_headers(self):
+        """What HTTP adds to a head; it can't be known before there is something to send."""
+        headers = b'' if 'date' in self.own else date_line(int(time.time()))
+        if 'server' not in self.own:
+            headers += b'Server: minuwsgi\r\n'
         if self.left is None:
             self.chunked = self.http == 'HTTP/1.1'
             if self.chunked:
-                head += b'Transfer-Encoding: chunked\r\n'
+                headers += b'Transfer-Encoding: chunked\r\n'
             else:
                 self.keep = False                       # the end of the connection is the end of the body
         elif self.length is None:
-            head += b'Content-Length: %d\r\n' % self.left
+            headers += b'Content-Length: %d\r\n' % self.left
         if self.body is not None and self.body.left:
             self.keep = self.body.wants_continue = False        # it may never come
         if not self.keep:
-            head += b'Connection: close\r\n'
+            headers += b'Connection: close\r\n'
         elif self.http == 'HTTP/1.0':
-            head += b'Connection: keep-alive\r\n'
-        return head + self.extra.encode('latin-1') + b'\r\n'
-
-    def head_is_final(self):
-        """Has take_head() nothing to add: no Date, Server, Connection or length, and no body to look at?"""
-        return not self.http or (self.http == 'HTTP/1.1' or not self.keep) and not (
-            self.has_date or self.has_server or self.body)
+            headers += b'Connection: keep-alive\r\n'
+        return headers
 
     def frame(self, chunks):
         """Hold chunks to the promised length; put the head and the sizes of chunks round them."""
-        head = None if self.sent else self.take_head()
+        framed = [] if self.sent else [self.take_head()]        # never the application's own list
         size = sum(map(len, chunks))
         if self.left is not None:
             if size > self.left:
-                if not self.no_body:
+                if self.length != -1:
                     log('the application sent more than its Content-Length; the rest is left out')
                 chunks, size = trimmed(chunks, self.left), self.left
             self.left -= size
         self.size += size
-        if self.chunked and size:
-            chunks = [b'%x\r\n' % size, *chunks, b'\r\n']
-        return [*chunks] if head is None else [head, *chunks]           # never the application's own list
+        return framed + ([b'%x\r\n' % size, *chunks, b'\r\n'] if self.chunked and size else [*chunks])
 
     def write(self, data):
-        """PEP 3333's write(): send data (bytes) now."""
-        if type(data) is not bytes:
-            if not isinstance(data, (bytes, bytearray, memoryview)):
-                raise TypeError(f'the body must be made of bytes, not of {type(data).__name__}')
-            data = bytes(data)
-        if data or not self.sent:
-            self.send(self.frame([data]))
-
-    def send(self, chunks):
-        """Send a list of bytes, and wait here, since the application wants to go on: `timeout` seconds each time."""
-        self.unblock()
-        while chunks:
-            try:
-                write_some(self.fd, chunks)
-            except BlockingIOError:
-                wait_for(self.fd, select.POLLOUT, time.monotonic() + self.timeout)
+        """PEP 3333's write(): send data (bytes) now, and wait here, since the application wants to go on."""
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise TypeError(f'the body must be made of bytes, not of {type(data).__name__}')
+        job = ()
+        if not self.sent and self.length == len(data) < SMALL:
+            job = self.send_small(bytes(data)) or ()
+        elif data or not self.sent:
+            self.unblock()
+            job = send_chunks(self.fd, self.frame([bytes(data)]), self.timeout)
+        for event, _ in job:
+            wait_for(self.fd, event, self.timeout)
 
     def send_small(self, body):
         """Send head and whole body (bytes) by one write(); the job that is left, or None."""
-        data = self.head + body                         # a TypeError, if it isn't bytes, finds nothing sent
-        self.sent, self.size, self.left = True, self.length, 0
+        data = self.take_head() + body
+        self.size, self.left = self.length, 0
         if len(data) > SMALL:                           # because of the head
             self.unblock()
         try:
@@ -1927,30 +1879,18 @@ class Response:
 
     def finish(self, result):
         """Send what the application returned; the job that is left if the client doesn't keep up, else None."""
-        job = None
         try:
-            kind = type(result)
-            if kind is FileWrapper:
-                job = self.file_job(result)
-            elif kind is list or kind is tuple or kind is bytes:
-                job = self.list_job([result] if kind is bytes else result)
-            elif result is None:
-                raise TypeError('the application returned None: is a `return` missing?')
-            return run_a_while(self.fd, job) if job else self.send_each(iter(result))
+            if type(result) is bytes:
+                result = [result]
+            job = self.file_job(result) if type(result) is FileWrapper else self.list_job(result)
+            if job is None:
+                for chunk in result:
+                    self.write(chunk)
+                job = self.list_job([])
+            return run_a_while(self.fd, job)
         finally:
             if hasattr(result, 'close'):
                 self.close_result(result)
-
-    def send_each(self, chunks):
-        """Send each chunk as soon as it is there; the job that is left, or None."""
-        job, first = None, next(chunks, None)
-        if type(first) is bytes and self.length == len(first) < SMALL and not self.sent and self.head_is_final():
-            job = self.send_small(first)
-        elif first is not None:
-            self.write(first)
-        for chunk in chunks:
-            self.write(chunk)
-        return job if self.left == 0 and self.sent else run_a_while(self.fd, self.list_job([]))
 
     def close_result(self, result):
         try:
@@ -1959,18 +1899,21 @@ class Response:
             log_exception("close() of the application's result failed")
 
     def list_job(self, chunks):
-        """A job that sends the chunks and ends the response; None where they aren't bytes."""
-        if not all(type(chunk) is bytes for chunk in chunks):
+        """A job that sends a list or tuple of bytes and ends the response; None for what has to be iterated over."""
+        if chunks is None:
+            raise TypeError('the application returned None: is a `return` missing?')
+        if type(chunks) not in (list, tuple) or not all(type(chunk) is bytes for chunk in chunks):
             return None
-        if self.http and not self.sent and self.status is not None and self.left is None:
+        if self.http and not self.sent and self.left is None:
             self.left = sum(map(len, chunks))           # no need of HTTP's chunks
-        chunks = self.frame(chunks) if chunks or not self.sent else []
+        framed = self.frame(chunks) if chunks or not self.sent else []
         if self.chunked:
-            chunks.append(b'0\r\n\r\n')
+            framed.append(b'0\r\n\r\n')
         if self.left:
             self.cut(f'the application sent {self.left} bytes less than its Content-Length')
-        self.unblock()
-        return send_chunks(self.fd, chunks, self.job_timeout)
+        if framed:
+            self.unblock()
+        return send_chunks(self.fd, framed, self.job_timeout)
 
     def file_job(self, wrapper):
         """A job that sends a regular file from where it stands; None where it has to be read."""
@@ -2473,88 +2416,79 @@ def cgi_application(config, fallback):
 
 
 # ---------------------------------------------------------------------------------------------
-# 9. Jobs and offload threads
+# 9. Offload threads
 #
-# A client that reads slowly must not hold a worker. What is left to send is a job: a generator that
-# does what can be done at once and yields (event, seconds) when it has to wait. The worker runs it
-# itself as long as the client keeps up, which is the cheapest way; then the job moves to a thread
-# that waits for hundreds of descriptors at a time. sendfile(2) and writev(2) run without the GIL.
+# A client that reads slowly must not hold a worker. The worker runs a job (part 6) itself as long as
+# the client keeps up, which is the cheapest way; then the job moves to a thread that waits for
+# hundreds of descriptors at a time. sendfile(2) and writev(2) run without the GIL.
 
 class Offloader:
     """A thread of a worker that runs jobs. It starts with the first job."""
 
     def __init__(self):
-        self.inbox = collections.deque()                # (fd, (job, event, seconds), done)
+        self.inbox = collections.deque()                # (fd, job, done)
         self.thread, self.poll = None, select.epoll()
         self.wake_read, self.wake_write = os.pipe()
         os.set_blocking(self.wake_read, False)
         self.poll.register(self.wake_read, select.EPOLLIN)
-        self.jobs = {}                                  # fd -> [job, event, deadline, done]
+        self.jobs = {}                                  # fd -> (job, done, event that it waits for, deadline)
 
-    def take(self, fd, waiting, done):
-        """Run a job that run_a_while() returned to its end; then done(fd, ok) owns the descriptor."""
-        if self.thread is None:
-            try:
-                self.start()
-            except RuntimeError as error:               # no memory for a thread
-                log_now_and_then('offload', f'offload: {error}')
-                return done(fd, False)
-        self.inbox.append((fd, waiting, done))
-        return os.write(self.wake_write, b'.')
+    def take(self, fd, job, done):
+        """Run a job to its end; then done(fd, ok) owns the descriptor."""
+        try:
+            self.start()
+        except RuntimeError as error:                   # no memory for a thread
+            log_now_and_then('offload', f'offload: {error}')
+            done(fd, False)
+        else:
+            self.inbox.append((fd, job, done))
+            os.write(self.wake_write, b'.')
 
     def start(self):
-        import threading
-        thread = threading.Thread(target=self.run, name='offload', daemon=True)
-        thread.start()
-        self.thread = thread
+        if self.thread is None:
+            import threading
+            thread = threading.Thread(target=self.run, name='offload', daemon=True)
+            thread.start()
+            self.thread = thread
 
     def run(self):
         closing = False
         while self.jobs or not closing:
-            for fd, _ in self.poll.poll(self.next_deadline()):
-                if fd == self.wake_read:
-                    closing = b'q' in os.read(fd, 4096)
-                    self.adopt()
-                else:
+            now = time.monotonic()
+            for fd in [fd for fd, (*_, deadline) in self.jobs.items() if deadline <= now]:
+                self.end(fd, False)
+            first = min((deadline for *_, deadline in self.jobs.values()), default=None)
+            for fd, _ in self.poll.poll(first and first - now):
+                if fd != self.wake_read:
                     self.step(fd)
-            self.expire()
-
-    def next_deadline(self):
-        if not self.jobs:
-            return None
-        return max(0.0, min(job[2] for job in self.jobs.values()) - time.monotonic())
-
-    def adopt(self):
-        while self.inbox:
-            fd, (job, event, seconds), done = self.inbox.popleft()
-            self.jobs[fd] = [job, event, time.monotonic() + seconds, done]
-            self.poll.register(fd, event)
+                    continue
+                closing = b'q' in os.read(fd, 4096)
+                while self.inbox:
+                    fd, job, done = self.inbox.popleft()
+                    self.jobs[fd] = job, done, 0, 0.0
+                    self.step(fd)
 
     def step(self, fd):
-        entry = self.jobs[fd]
+        """Run a job until it has to wait, or is done."""
+        job, done, known, _ = self.jobs[fd]
         try:
-            event, seconds = next(entry[0])
+            event, seconds = next(job)
+            if event != known:
+                (self.poll.modify if known else self.poll.register)(fd, event)
+            self.jobs[fd] = job, done, event, time.monotonic() + seconds
         except StopIteration:
             self.end(fd, True)
         except Exception as error:
             if not isinstance(error, (ConnectionError, ClientGone)):
                 log_now_and_then('offload', f'offload: {error}')
             self.end(fd, False)
-        else:
-            if event != entry[1]:
-                self.poll.modify(fd, event)
-            entry[1:3] = event, time.monotonic() + seconds
-
-    def expire(self):
-        now = time.monotonic()
-        for fd in [fd for fd, entry in self.jobs.items() if entry[2] <= now]:
-            self.end(fd, False)
 
     def end(self, fd, ok):
-        job, _, _, done = self.jobs.pop(fd)
+        job, done, known, _ = self.jobs.pop(fd)
         job.close()
         try:
-            self.poll.unregister(fd)
+            if known:
+                self.poll.unregister(fd)
             done(fd, ok)
         except OSError as error:                        # the application has closed it
             log(f'offload: {error.strerror}')
@@ -2572,8 +2506,11 @@ class Offloader:
 # A worker is a process that serves. Core.serve() is the hot path; for a small request behind nginx
 # it makes four system calls: accept4, preadv2, write, close. With one socket and one thread it waits
 # in accept() itself; a select before it would be one more call, and would wake all workers for a
-# connection that one gets. With several sockets, HTTP or threads, Core.wait() stands in for accept(): it watches
-# listeners and kept HTTP connections at once, so that those that are silent or slow hold nobody.
+# connection that one gets. With several sockets, HTTP or threads, Core.wait() stands in for accept(): it
+# watches listeners and kept HTTP connections at once, so that those that are silent or slow hold nobody.
+#
+# Whoever owns the descriptor of a connection closes it: that is the worker, until Core.let_go() gives
+# it to an Offloader or parks it. A job closes only the file that it sends.
 #
 # A stop must neither lose a connection nor wait for one. So the handler of the signal puts the end
 # of a closed pipe in the place of the listening descriptor (dup2): the accept() that was
@@ -2637,22 +2574,25 @@ class Row:
 class Connection:
     """A client's connection over HTTP, between and during its requests."""
 
-    __slots__ = ('fd', 'template', 'address', 'data', 'deadline', 'events', 'blocking', 'fields', 'again', 'keeps')
+    __slots__ = ('fd', 'base', 'data', 'end', 'deadline', 'events', 'blocking')
 
     def __init__(self, fd, template, address, deadline):
-        self.fd, self.template, self.address, self.deadline = fd, template, address, deadline
-        self.data = b''                                 # read, but not yet used
+        self.fd, self.base, self.deadline = fd, template, deadline
+        if type(address) is tuple:
+            self.base = {**template, 'REMOTE_ADDR': address[0], 'REMOTE_PORT': str(address[1])}
+        self.data, self.end = b'', -1                   # read, but not yet used; where the head ends in it
         self.blocking = True
         self.events = 0                                 # what the worker's epoll watches it for; 0: nothing
-        self.fields = None                              # of the last GET, from HTTP/1.1 on: the bytes,
-        self.again = self.keeps = None                  # what gives a new environ with them, may others follow
 
-    def environ(self):
-        """The environ before the head is read."""
-        environ = self.template.copy()
-        if type(self.address) is tuple:
-            environ['REMOTE_ADDR'], environ['REMOTE_PORT'] = self.address[0], str(self.address[1])
-        return environ
+    def unblock(self):
+        if self.blocking:
+            os.set_blocking(self.fd, False)
+            self.blocking = False
+
+
+def skip_empty_lines(data):
+    """Some clients end a body with one."""
+    return data.lstrip(b'\r\n') if data[:2] == b'\r\n' else data
 
 
 def hung_up(fd):
@@ -2667,21 +2607,19 @@ def strip_script_name(environ):
         environ['SCRIPT_NAME'], environ['PATH_INFO'] = script, path[len(script):]
 
 
-def plain_answer(status, why, more=''):
-    """A whole response in plain text, for what the application can't answer."""
-    text = f'{status}: {why}\n' if why else f'{status}\n'
-    return (f'HTTP/1.1 {status}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {len(text.encode())}\r\n'
-            f'{more}Connection: close\r\n\r\n{text}').encode()
+def plain_answer(status, why, more=b''):
+    """(head, body) of a response in plain text, for what the application can't answer."""
+    body = (f'{status}: {why}\n' if why else f'{status}\n').encode()
+    head = (f'HTTP/1.1 {status}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Length: {len(body)}\r\n'
+            'Connection: close\r\n')
+    return head.encode() + more + b'\r\n', body
 
 
 def close_hard(fd, ok=False):
     """Close a connection so that the client can't take the response for whole: over TCP by a reset. Over a unix
     socket only its Content-Length tells."""
-    with socket.socket(fileno=fd) as connection:
-        try:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
-        except OSError:
-            pass
+    with socket.socket(fileno=fd) as connection, contextlib.suppress(OSError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b'\1\0\0\0\0\0\0\0')
 
 
 def close_after(fd, ok):
@@ -2689,29 +2627,79 @@ def close_after(fd, ok):
     os.close(fd) if ok else close_hard(fd)
 
 
-def in_turn(*jobs):
-    for job in jobs:
-        yield from job
-
-
 class Harakiri(BaseException):
     """Breaks a request off that took longer than the option harakiri allows."""
+
+
+class RequestLog:
+    """A line for each request of a core, in uWSGI's format, byte for byte, or in that of log-format."""
+
+    def __init__(self, worker, number):
+        self.config, self.worker, self.number, self.numbers = worker.config, worker, number, worker.rows[number].numbers
+        self.second, self.date, self.total, self.write = 0, '', worker.total, worker.request_log.write
+        self.start, self.end = f'[pid: {os.getpid()}|app: 0|req: ', f'(1 switches on core {number})\n'
+        self.all, self.format = not self.config.disable_logging, self.config.log_format
+
+    def add(self, environ, response, variables, size, took):
+        """variables, size: number and bytes of those in the packet; took: seconds."""
+        second = int(time.time())
+        if second != self.second:
+            self.second, self.date = second, time.ctime(second)         # strftime() would heed the locale
+            reopen_log(self.config)                     # logrotate may have moved it
+        self.total[0] += 1
+        get, status, sent, head, headers = environ.get, (response.status or '500')[:3], 0, 0, 0
+        if response.sent:
+            sent, head, headers = response.size, len(response.head), response.headers
+        if not (self.all or self.is_wanted(status, sent, took * 1000)):
+            return
+        address = self.config.log_x_forwarded_for and get('HTTP_X_FORWARDED_FOR') or get('REMOTE_ADDR', '')
+        if self.format:
+            line = self.formatted(environ, took, {
+                'addr': address, 'status': status, 'headers': headers, 'hsize': head, 'rsize': sent,
+                'size': head + sent, 'vars': 2 * variables, 'pktsize': size})
+        else:
+            line = (f"{self.start}{int(self.numbers[REQUESTS])}/{self.total[0]}] {address} ({get('REMOTE_USER', '')}) "
+                    f"{{{2 * variables} vars in {size} bytes}} [{self.date}] {get('REQUEST_METHOD', '')} "
+                    f"{get('REQUEST_URI', '')} => generated {sent} bytes in {int(took * 1000)} msecs "
+                    f"({get('SERVER_PROTOCOL', '')} {status}) {headers} headers in {head} bytes {self.end}")
+        self.write(line.encode('latin-1', 'backslashreplace'))
+
+    def is_wanted(self, status, size, milliseconds):
+        """With disable-logging, some requests are logged all the same."""
+        config = self.config
+        return (config.log_4xx and status[0] == '4' or config.log_5xx and status[0] == '5'
+                or config.log_slow and milliseconds >= config.log_slow or config.log_zero and not size
+                or config.log_big and size >= config.log_big)
+
+    def formatted(self, environ, took, values):
+        """The line of log-format: %(name) of uWSGI's names, %(var.NAME) of the environ; '-' for what isn't there."""
+        now = time.time()
+        local = time.strftime('%d/%b/%Y:%H:%M:%S %z', time.localtime(now))
+        for name, variable in (('uri', 'REQUEST_URI'), ('method', 'REQUEST_METHOD'), ('user', 'REMOTE_USER'),
+                               ('host', 'HTTP_HOST'), ('proto', 'SERVER_PROTOCOL'), ('uagent', 'HTTP_USER_AGENT'),
+                               ('referer', 'HTTP_REFERER')):
+            values[name] = environ.get(variable)
+        values.update({
+            'cl': environ.get('CONTENT_LENGTH') or 0, 'micros': int(took * 1e6), 'msecs': int(took * 1e3),
+            'secs': f'{took:.6f}', 'tmsecs': int((now - took) * 1e3), 'tmicros': int((now - took) * 1e6),
+            'time': int(now - took), 'epoch': int(now), 'ctime': self.date, 'ltime': local, 'ftime': local,
+            'pid': os.getpid(), 'wid': self.worker.number, 'core': self.number, 'req': self.total[0],
+            'wreq': int(self.numbers[REQUESTS]), 'switches': 1, 'modifier1': 0, 'modifier2': 0})
+
+        def fill(name):
+            value = environ.get(name[4:]) if name[:4] == 'var.' else values.get(name)
+            return '-' if value in (None, '') else str(value).replace('\n', '\\n')
+        return substitute('%(', self.format, fill) + '\n'
 
 
 class Core:
     """What serves one request at a time: a worker with one thread has one, others one for each thread."""
 
     def __init__(self, worker, number):
-        self.worker, self.number, self.config = worker, number, worker.config
-        self.row, self.application = worker.rows[number], worker.application
-        self.response = Response(self.config)
-        self.ready = []                                 # events that wait() has still to look at
-        self.second, self.date, self.pid = 0, '', os.getpid()
-        self.line_start, self.line_end = f'[pid: {self.pid}|app: 0|req: ', f'(1 switches on core {number})\n'
-        self.write_log = worker.request_log.write
-        self.total, self.log_format, self.picky = worker.total, self.config.log_format, self.config.disable_logging
-        self.next_second, self.usual_end = 0.0, ''      # HTTP: when its headers change, what they are
-        self.closing_end, self.known = '', {}           # known: header lines -> (environ of them, keep-alive)
+        self.worker, self.config, self.row = worker, worker.config, worker.rows[number]
+        self.response, self.log = Response(self.config), RequestLog(worker, number)
+        self.ready, self.busy = [], False               # events that wait() has still to look at; did it see any?
+        self.accepts = 0
         self.late = 0.0                                 # until then a client may have waited for too long
         self.template = {
             'REQUEST_METHOD': 'GET', 'SCRIPT_NAME': '', 'PATH_INFO': '', 'QUERY_STRING': '', 'SERVER_NAME': 'localhost',
@@ -2721,95 +2709,100 @@ class Core:
             'wsgi.input_terminated': True, 'uwsgi.version': __version__.encode(),
             'uwsgi.node': os.uname().nodename.encode()}
         self.expected = Expected(self.template)
-        self.templates = {fd: dict(self.template, SERVER_NAME=listener.host, SERVER_PORT=listener.port, REMOTE_ADDR='',
-                                   REMOTE_PORT='') for fd, listener in worker.listeners.items()}
-        self.accepts = 0
+        self.templates = {fd: {**self.template, 'SERVER_NAME': listener.host, 'SERVER_PORT': listener.port,
+                               'REMOTE_ADDR': '', 'REMOTE_PORT': ''} for fd, listener in worker.listeners.items()}
 
     def serve(self, accept):
-        """The hot path: connection after connection, until accept() fails because of a stop.
+        """The hot path: request after request, until accept() fails because of a stop.
 
         What each request needs is a local variable; what is rare is in a method."""
         preadv, close, clock, nowait = os.preadv, os.close, time.monotonic, NOWAIT
         memory, packet, numbers = self.row.memory, [self.row.packet], self.row.numbers
-        response, application, expected = self.response, self.application, self.expected
-        start_response, logging = response.start_response, self.worker.logging
+        response, application, expected = self.response, self.worker.application, self.expected
+        start_response, logging, limit = response.start_response, self.worker.logging, self.worker.limit
         start, start_end, started_environ, started_pieces, new_environ, all_pieces, planned = expected.plan
-        nothing, limit = self.template, self.worker.limit
         while True:
             try:
-                fd, _ = accept()
+                fd, connection = accept()               # connection: a Connection over HTTP, else the client's address
             except OSError as error:
                 if self.worker.must_stop(error):
                     return
                 continue
             numbers[STARTED] = began = clock()
-            response.fd, response.status, response.length, response.blocking = fd, None, None, True
-            response.head_only = False
+            response.fd, response.status, response.length, response.http = fd, None, None, ''
+            response.sent, response.keep, response.chunked, response.head_only = False, False, False, False
+            response.blocking = True
             job = body = None
-            environ, variables = nothing, 0
+            environ, variables, size = self.template, 0, 0
             try:
                 if began < self.late and hung_up(fd):   # it waited behind a slow request, perhaps for too long
                     raise ClientGone(0, 'before its turn')
-                if not nowait:
-                    os.set_blocking(fd, False)
-                try:
-                    got = preadv(fd, packet, -1, nowait)
-                except BlockingIOError:
-                    got = 0
-                end = 4 + memory[1] + (memory[2] << 8)  # if got < 4: of an earlier packet, but at least 4
-                if got < end or memory[0]:
-                    got, end = self.receive(fd, got)
+                if type(connection) is Connection:
+                    size = connection.end + 4
+                    environ = connection.base.copy()
+                    body = self.read_request(connection, environ)
+                else:
+                    if not nowait:
+                        os.set_blocking(fd, False)
+                    try:
+                        got = preadv(fd, packet, -1, nowait)
+                    except BlockingIOError:
+                        got = 0
+                    size = memory[1] + (memory[2] << 8)     # if got < 4: of an earlier packet, but that is at least 4
+                    if got < size + 4 or memory[0]:
+                        got, size = self.receive(fd, got)
+                    end = size + 4
 
-                text = memory[:end].decode('latin-1')
-                simple = text[4:start_end] == start and not memory[0]       # a GET without a query, as expected
-                if simple:
-                    environ, pieces, at = started_environ(), started_pieces, start_end
-                else:
-                    environ, pieces, at = new_environ(), all_pieces, 4
-                for raw, size, name in pieces:
-                    middle = at + size
-                    if text[at:middle] != raw:
-                        break
-                    value = middle + 2
-                    at = value + memory[middle]
-                    if memory[middle + 1]:
-                        at += memory[middle + 1] << 8
-                    environ[name] = text[value:at]
-                else:
-                    raw = ''
-                variables = planned
-                if raw or at != end:                    # not what was expected
-                    variables = expected.rest(environ, memory, text, at, raw)
-                    start, start_end, started_environ, started_pieces, new_environ, all_pieces, planned = expected.plan
-                if not simple:
-                    response.head_only = environ['REQUEST_METHOD'] == 'HEAD'
-                    if memory[0] == WSGI_STRIP:
-                        strip_script_name(environ)
-                    if environ.get('CONTENT_LENGTH'):
-                        body = self.open_body(environ, fd, memory[end:got])
+                    text = memory[:end].decode('latin-1')
+                    simple = text[4:start_end] == start and not memory[0]       # a GET without a query, as expected
+                    if simple:
+                        environ, pieces, at = started_environ(), started_pieces, start_end
+                    else:
+                        environ, pieces, at = new_environ(), all_pieces, 4
+                    for raw, length, name in pieces:
+                        middle = at + length
+                        if text[at:middle] != raw:
+                            break
+                        value = middle + 2
+                        at = value + memory[middle]
+                        if memory[middle + 1]:
+                            at += memory[middle + 1] << 8
+                        environ[name] = text[value:at]
+                    else:
+                        raw = ''
+                    variables = planned
+                    if raw or at != end:                    # not what was expected
+                        variables = expected.rest(environ, memory, text, at, raw)
+                        (start, start_end, started_environ, started_pieces, new_environ, all_pieces,
+                         planned) = expected.plan
+                    if not simple:
+                        response.head_only = environ['REQUEST_METHOD'] == 'HEAD'
+                        if memory[0] == WSGI_STRIP:
+                            strip_script_name(environ)
+                        if environ.get('CONTENT_LENGTH'):
+                            body = self.open_body(environ, content_length(environ['CONTENT_LENGTH']), fd,
+                                                  memory[end:got])
 
                 result = application(environ, start_response)
                 if type(result) is list and len(result) == 1 and response.length == len(result[0]) < SMALL \
-                        and not response.sent:
+                        and type(result[0]) is bytes and not response.sent:
                     job = response.send_small(result[0])
                 else:
                     job = response.finish(result)
             except BaseException as error:
                 self.failed(error)
-            if job is None and not response.ending and (body is None or not body.left):
+            if job is None and not response.ending and not response.http and (body is None or not body.left):
                 close(fd)
             else:
-                self.let_go(fd, job, body, close_after)
+                self.let_go(fd, job, body, connection)
             ended = clock()
             took = ended - began
             if took > 0.1:
                 self.late = ended + 10 * took           # those who wait now have their turn before that
-            requests = numbers[REQUESTS] + 1
-            numbers[REQUESTS] = requests
+            numbers[REQUESTS] = requests = numbers[REQUESTS] + 1
             numbers[BUSY] += took
             if logging:
-                self.log_request(environ, variables, memory[1] + (memory[2] << 8), requests, began, ended)
-            response.sent = False
+                self.log.add(environ, response, variables or len(environ) - len(self.template), size, took)
             numbers[STARTED] = 0.0
             if requests >= limit:
                 limit = self.worker.check_limits()
@@ -2817,7 +2810,7 @@ class Core:
     # -- what is rare
 
     def receive(self, fd, got):
-        """The head didn't come at once, or isn't for WSGI: read on. (bytes read, end of the packet)."""
+        """The head didn't come at once, or isn't for WSGI: read on. (bytes read, size of the block)."""
         packet, deadline = self.row.packet, time.monotonic() + self.config.socket_timeout
         self.row.numbers[STARTED] = 0.0                 # socket-timeout holds for the head, and not harakiri
         while got < 4:
@@ -2835,25 +2828,21 @@ class Core:
                 raise BadRequest('this socket speaks the uwsgi protocol, and this is HTTP: in nginx use uwsgi_pass, '
                                  'not proxy_pass; for a browser use the option http-socket')
             raise BadRequest(f'modifier1 is {packet[0]}: only WSGI (0) is served here')
-        end = 4 + packet[1] + (packet[2] << 8)
-        while got < end:
+        size = packet[1] + (packet[2] << 8)
+        while got < size + 4:
             got += read_some(fd, packet[got:], deadline)
         self.row.numbers[STARTED] = time.monotonic()
-        return got, end
+        return got, size
 
-    def open_body(self, environ, fd, begun):
-        """Set wsgi.input; the Body, which knows what wasn't read, unless all of it is here."""
-        length = body_length(environ) if self.response.http else content_length(environ['CONTENT_LENGTH'])
-        limit = self.config.limit_post
-        if limit and length > limit:
+    def open_body(self, environ, length, fd, begun):
+        """Set wsgi.input; the Body, which knows what wasn't read, unless all of it is here. length: -1 is chunked."""
+        limit = self.config.limit_post or math.inf
+        if length > limit:
             raise BadRequest(f'the body has {length} bytes, limit-post allows {limit}', '413 Content Too Large')
         if 0 <= length <= len(begun):
             environ['wsgi.input'] = io.BytesIO(begun[:length])
             return None
-        if length < 0:
-            body = ChunkedBody(fd, begun, self.config.socket_timeout, limit or float('inf'))
-        else:
-            body = Body(fd, begun, length, self.config.socket_timeout)
+        body = Body(fd, begun, length, self.config.socket_timeout, limit)
         body.waited = self.not_its_time
         environ['wsgi.input'] = io.BufferedReader(body, READ_MAX)
         return body
@@ -2865,21 +2854,19 @@ class Core:
     def failed(self, error):
         """The one place where the exceptions of a request end."""
         self.worker.end_child(error)
-        response, numbers = self.response, self.row.numbers
+        response, request = self.response, self.row.request()
+        response.keep, status, why = False, '500 Internal Server Error', ''
         if isinstance(error, ClientGone):
-            response.status, response.size, response.keep = '499', response.size if response.sent else 0, False
+            response.status, response.ending = '499', 'cut' if response.sent else ''
             if error.errno:
-                log_now_and_then(error.strerror, f'{self.row.request()}: {error.strerror}')
-            if response.sent:
-                response.ending = 'cut'
+                log_now_and_then(error.strerror, f'{request}: {error.strerror}')
             return
-        numbers[ERRORS] += 1
+        self.row.numbers[ERRORS] += 1
         if isinstance(error, BadRequest) and not response.sent:
             status, why, response.ending = error.status, str(error), 'drain'
-            log_now_and_then(why[:12], f'bad request: {why}')          # a cause begins with its own words
+            log_now_and_then(why[:12], f'bad request: {why}')           # a cause begins with its own words
         else:
-            status, why = '500 Internal Server Error', ''
-            log_exception(f'{self.row.request()}: the application failed')
+            log_exception(f'{request}: the application failed')
         if isinstance(error, Harakiri):
             status = '504 Gateway Timeout'
         elif isinstance(error, (SystemExit, KeyboardInterrupt)):
@@ -2887,279 +2874,123 @@ class Core:
         if response.sent:
             response.cut('the response was begun')
             return
-        answer = plain_answer(status, why, response.date.decode() if response.http else '')
-        response.status, response.sent, response.keep = status, True, False
-        response.head, response.headers, response.size = answer[:answer.index(b'\r\n\r\n') + 4], 3, len(status) + 1
-        try:
-            os.write(response.fd, response.head if response.head_only else answer)
-        except OSError:
-            pass
+        head, body = plain_answer(status, why, date_line(int(time.time())) if response.http else b'')
+        response.status, response.sent = status, True
+        response.head, response.headers, response.size = head, 3, len(body)
+        with contextlib.suppress(OSError):
+            os.write(response.fd, head if response.head_only else head + body)
 
-    def let_go(self, fd, job, body, done):
-        """Close a connection that needs more than close(): `done` follows when all is sent and read."""
-        response = self.response
+    def let_go(self, fd, job, body, connection):
+        """The end of a connection, or of its turn, that needs more than close()."""
+        response, done = self.response, close_after
         ending, response.ending = response.ending, ''
-        # What is unread is drained after the job; then the connection isn't kept, whatever `done` was.
+        if response.http:
+            connection.blocking = response.blocking
+            if body is not None:
+                connection.data = body.begun
+            if response.keep:
+                done = functools.partial(self.worker.take_back, connection)
+            elif connection.data:                       # it has sent requests that nobody takes
+                ending = ending or 'drain'
         if ending == 'drain' or body is not None and body.left:
             try:
-                job = (in_turn(job[0], drain(fd)), *job[1:]) if job else run_a_while(fd, drain(fd))
-            except OSError:
-                job = None
-            done = close_after
-        if job is not None:
-            self.worker.offloader.take(fd, job, close_hard if ending == 'cut' else done)
+                job, done = run_a_while(fd, then_drain(fd, job or ())), close_after
+            except OSError:                             # it has gone
+                job, done = None, close_hard
+        if ending == 'cut':
+            done = close_hard
+        if job is None:
+            done(fd, True)
         else:
-            done(fd, ending != 'cut')
-
-    def log_request(self, environ, variables, size, requests, began, ended):
-        """A line in uWSGI's format, byte for byte, or in that of log-format."""
-        if ended >= self.next_second:
-            self.tell_time()
-        response, get, total = self.response, environ.get, self.total
-        total[0] += 1
-        took, status, head, headers = ended - began, (response.status or '500')[:3], response.head, response.headers
-        if not response.sent:
-            head, headers = b'', 0
-        address = self.config.log_x_forwarded_for and get('HTTP_X_FORWARDED_FOR') or get('REMOTE_ADDR', '')
-        if self.picky and not self.worth_a_line(status, took * 1000):
-            return
-        if self.log_format:
-            line = self.formatted(environ, status, took, {
-                'addr': address, 'headers': headers, 'hsize': len(head), 'size': len(head) + response.size,
-                'vars': 2 * variables, 'pktsize': size})
-        else:
-            line = (f"{self.line_start}{int(requests)}/{total[0]}] {address} ({get('REMOTE_USER', '')}) "
-                    f"{{{2 * variables} vars in {size} bytes}} [{self.date}] {get('REQUEST_METHOD', '')} "
-                    f"{get('REQUEST_URI', '')} => generated {response.size} bytes in {int(took * 1000)} msecs "
-                    f"({get('SERVER_PROTOCOL', '')} {status}) {headers} headers in {len(head)} bytes {self.line_end}")
-        self.write_log(line.encode('latin-1', 'backslashreplace'))
-
-    def worth_a_line(self, status, milliseconds):
-        """With disable-logging, some requests are logged all the same."""
-        config, size = self.config, self.response.size
-        return (config.log_4xx and status[0] == '4' or config.log_5xx and status[0] == '5'
-                or config.log_slow and milliseconds >= config.log_slow or config.log_zero and not size
-                or config.log_big and size >= config.log_big)
-
-    def formatted(self, environ, status, took, values):
-        """The line of log-format: %(name) of uWSGI's names, %(var.NAME) of the environ; '-' for what isn't there."""
-        now = time.time()
-        local = time.strftime('%d/%b/%Y:%H:%M:%S %z', time.localtime(now))
-        values.update({
-            'uri': environ.get('REQUEST_URI'), 'method': environ.get('REQUEST_METHOD'),
-            'user': environ.get('REMOTE_USER'), 'host': environ.get('HTTP_HOST'),
-            'proto': environ.get('SERVER_PROTOCOL'),
-            'uagent': environ.get('HTTP_USER_AGENT'), 'referer': environ.get('HTTP_REFERER'), 'status': status,
-            'rsize': self.response.size, 'cl': environ.get('CONTENT_LENGTH') or 0, 'micros': int(took * 1e6),
-            'msecs': int(took * 1e3), 'secs': f'{took:.6f}', 'tmsecs': int((now - took) * 1e3),
-            'tmicros': int((now - took) * 1e6), 'time': int(now - took), 'epoch': int(now), 'ctime': self.date,
-            'ltime': local, 'ftime': local, 'pid': self.pid,
-            'wid': self.worker.number, 'req': self.total[0],
-            'wreq': int(self.row.numbers[REQUESTS]), 'core': self.number, 'switches': 1, 'modifier1': 0,
-            'modifier2': 0})
-
-        def fill(name):
-            value = environ.get(name[4:]) if name[:4] == 'var.' else values.get(name)
-            return '-' if value in (None, '') else str(value).replace('\n', '\\n')
-        return substitute('%(', self.log_format, fill) + '\n'
-
-    def tell_time(self):
-        """Bring the texts of the time up to date; strftime() would heed the locale."""
-        now = time.time()
-        self.next_second = time.monotonic() + 1 - now % 1
-        if int(now) != self.second:
-            self.second, self.date = int(now), time.ctime(now)
-            reopen_log(self.config)                     # logrotate may have moved it
-            utc = time.asctime(time.gmtime(now))
-            day = utc[8:10].replace(' ', '0')
-            date = f'Date: {utc[:3]}, {day} {utc[4:7]} {utc[20:]} {utc[11:19]} GMT\r\n'
-            self.response.date, self.usual_end = date.encode(), f'{date}Server: minuwsgi\r\n{self.response.extra}\r\n'
-            self.closing_end = f'Connection: close\r\n{self.usual_end}'
+            if response.http:
+                self.worker.lend(connection)
+            self.worker.offloader.take(fd, job, done)
 
     # -- several listeners, HTTP, threads
 
     def wait(self):
-        """Stands in for accept(): (descriptor, address) of the next connection that speaks uwsgi. HTTP is
-        served meanwhile."""
-        worker, connections, clock = self.worker, self.worker.connections, time.monotonic
-        claim, poll = connections.pop, worker.poll.poll         # whoever has claimed a connection, alone uses it
+        """Stands in for accept(): (descriptor, address) of the next connection that speaks uwsgi, or (descriptor,
+        Connection) of one that has sent the head of a request over HTTP."""
+        worker, claim = self.worker, self.worker.connections.pop        # who has claimed a connection, alone uses it
         most = 1 if self.config.threads > 1 else 64     # threads must not hoard what others could do
-        idle_timeout = self.config.http_timeout
         while True:
-            busy = False
             while self.ready:
                 fd, _ = self.ready.pop()
-                connection = claim(fd, None)
+                connection, listener = claim(fd, None), worker.listeners.get(fd)
+                if listener is not None:
+                    self.busy = True
+                    try:
+                        new, address = listener.socket._accept()
+                    except BlockingIOError:             # another worker was faster
+                        worker.undrained.discard(fd)
+                        continue
+                    self.accepts += 1
+                    if self.accepts % 16:               # another one may wait: without epoll_wait(), -1 us
+                        self.ready.insert(0, (fd, 0))
+                    if listener.protocol == 'uwsgi':
+                        return new, address
+                    connection = Connection(new, self.templates[fd], address,
+                                            time.monotonic() + self.config.http_timeout)
                 if connection is not None:
-                    busy = True
-                    self.serve_http(connection)
-                    continue
-                listener = worker.listeners.get(fd)
-                if listener is None:
-                    if fd == worker.stop_read:
-                        time.sleep(0.01)                # it stays readable, for all threads to see
-                    continue
-                busy = True
-                try:
-                    new, address = listener.socket._accept()
-                except BlockingIOError:                 # another worker was faster
-                    worker.undrained.discard(fd)
-                    continue
-                self.accepts += 1
-                if self.accepts % 16:                   # another one may wait: without epoll_wait(), -1 us
-                    self.ready.insert(0, (fd, 0))
-                if listener.protocol == 'uwsgi':
-                    return new, address
-                self.serve_http(Connection(new, self.templates[fd], address, clock() + idle_timeout))
-            if worker.stopping or clock() >= worker.next_look:
-                worker.look_at_time(busy)
-            self.ready = [(fd, 0) for fd in list(worker.undrained)] or poll(1 if connections else None, most)
+                    self.busy = True
+                    if self.read_head(connection):
+                        return connection.fd, connection
+                elif fd == worker.stop_read:
+                    time.sleep(0.01)                    # it stays readable, for all threads to see
+            if worker.stopping or time.monotonic() >= worker.next_look:
+                worker.look_at_time(self.busy)
+            self.busy = False
+            self.ready = [(fd, 0) for fd in list(worker.undrained)] or worker.poll.poll(
+                1 if worker.connections else None, most)
 
-    def serve_http(self, connection):
-        """Read what came, and answer each request whose head is whole."""
-        data, memory, new = connection.data, self.row.memory, b''
-        if not NOWAIT:
-            self.worker.unblock(connection)
-        try:
-            new = memory[:os.preadv(connection.fd, [self.row.packet], -1, NOWAIT)]
-        except BlockingIOError:                         # nothing, but a request may have come with an earlier one
-            if not data:
-                return self.worker.park(connection)
-        except OSError:
-            return self.worker.forget(connection)
-        else:
+    def read_head(self, connection):
+        """Take what came. Is a head whole, or hopeless? If not, the connection is parked, or closed."""
+        data, memory, new = skip_empty_lines(connection.data), self.row.memory, None
+        if b'\r\n\r\n' not in data:
+            if not NOWAIT:
+                connection.unblock()
+            try:
+                new = memory[:os.preadv(connection.fd, [self.row.packet], -1, NOWAIT)]
+            except BlockingIOError:
+                self.worker.park(connection)
+                return False
+            except OSError:
+                new = b''
             if not new:
-                return self.worker.forget(connection)
+                os.close(connection.fd)                 # epoll forgets it too
+                return False
             if not data:                                # a head begins: it has socket-timeout in all
                 connection.deadline = time.monotonic() + self.config.socket_timeout
-            data += new
-        while data:
-            if data[:2] == b'\r\n':                     # some clients end a body so
-                data = data.lstrip(b'\r\n')
-                continue
-            end = data.find(b'\r\n\r\n')
-            if end < 0 and len(data) <= HEAD_MAX and not hopeless(data):
-                break
-            if data is not new:                         # else the row has it
-                memory[:512] = data[:512].ljust(512)
-            if not self.http_request(connection, data, end):
-                return None
-            data = connection.data
-            self.worker.unblock(connection)             # from the second response on, write() might wait
-        connection.data = data
-        return self.worker.park(connection)
+            data = skip_empty_lines(data + new)
+        connection.data, connection.end = data, data.find(b'\r\n\r\n')
+        if connection.end < 0 and not hopeless(data):
+            self.worker.park(connection)
+            return False
+        if data is not new:                             # else the row has it
+            memory[:512] = data[:512].ljust(512)
+        return True
 
-    def http_request(self, connection, data, end):
-        """Answer one request; False when the connection isn't ours any more."""
-        fd, response, numbers = connection.fd, self.response, self.row.numbers
-        numbers[STARTED] = began = time.monotonic()
-        if began >= self.next_second:
-            self.tell_time()
-        job = body = None
-        response.fd, response.status, response.length = fd, None, None
-        response.blocking, response.head_only = connection.blocking, False
-        response.http, response.end, response.keep = 'HTTP/1.1', self.usual_end, not self.worker.stopping
-        response.has_date = response.has_server = False
-        try:
-            if began < self.late and hung_up(fd):
-                raise ClientGone(0, 'before its turn')
-            # Clients mostly send the same header lines again: then only the target is read, -4 us of 17.
-            line_end = data.find(b'\r\n') - 9           # where ' HTTP/1.1' begins
-            fields = data[line_end:end]
-            usual = end > 0 and data[:5] == b'GET /' and (
-                fields == connection.fields or self.recall(connection, fields))
-            if usual:
-                target = data[4:line_end].decode('latin-1')
-                path, _, query = target.partition('?')
-                usual = line_end < LINE_MAX and target.isprintable() and not (
-                    ' ' in target or '#' in target or '%' in path)
-            if usual:
-                environ = connection.again()
-                environ['REQUEST_URI'] = target
-                environ['PATH_INFO'] = path
-                environ['QUERY_STRING'] = query
-                connection.data = data[end + 4:]
-                if not (response.keep and connection.keeps):
-                    response.keep, response.end = False, self.closing_end
-            else:
-                environ = connection.environ()
-                body = self.open_request(connection, environ, data, end)
-            result = self.application(environ, response.start_response)
-            if type(result) is list and len(result) == 1 and response.length == len(result[0]) < SMALL \
-                    and not response.sent and response.head_is_final():
-                job = response.send_small(result[0])
-            else:
-                job = response.finish(result)
-        except BaseException as error:
-            self.failed(error)
-        keep = response.keep
-        if body is not None and not body.left:
-            connection.data = body.behind()
-        if not keep and connection.data and not response.ending:
-            response.ending = 'drain'                   # it has sent requests that nobody takes
-        clear = job is None and not response.ending and (body is None or not body.left)
-        if not clear:
-            self.worker.lend(connection)
-            self.let_go(fd, job, body, self.worker.take_back(connection) if keep else close_after)
-        elif not keep:
-            self.worker.forget(connection)
-        now = time.monotonic()
-        if clear and keep:                              # else it isn't ours any more
-            connection.deadline = now + (self.config.socket_timeout if connection.data else self.config.http_timeout)
-        numbers[REQUESTS] += 1
-        numbers[BUSY] += now - began
-        if now - began > 0.1:
-            self.late = now + 10 * (now - began)
-        if self.worker.logging:
-            variables = len(environ) - len(connection.template)
-            self.log_request(environ, variables, max(end, 0) + 4, numbers[REQUESTS], began, now)
-        response.sent, response.size, response.http, response.chunked = False, 0, False, False
-        response.end = response.extra + '\r\n'
-        response.body = None
-        numbers[STARTED] = 0.0
-        if numbers[REQUESTS] >= self.worker.limit:
-            self.worker.check_limits()
-        return clear and keep
-
-    def remember(self, connection, fields, environ):
-        """Keep what these bytes gave: all of it for the connection, for others only what the bytes say, never an
-        address (nothing at all with trust-proxy). As copies, since applications change their environ."""
-        connection.fields, connection.again, connection.keeps = fields, environ.copy().copy, self.response.keep
-        if len(fields) < 4096 and not self.worker.trusted:
-            if len(self.known) > 100:
-                self.known.clear()
-            self.known[fields] = {name: value for name, value in environ.items()
-                                  if name[:5] == 'HTTP_' or name == 'CONTENT_TYPE'}, self.response.keep
-
-    def recall(self, connection, fields):
-        """Did another connection send the same header lines? Then this one is as if it had sent them before."""
-        headers, connection.keeps = self.known.get(fields, (None, False))
-        if headers is not None:
-            connection.fields, connection.again = fields, {**connection.environ(), **headers}.copy
-        return headers is not None
-
-    def open_request(self, connection, environ, data, end):
+    def read_request(self, connection, environ):
         """Read a head into environ and prepare the response; the Body, unless all of it is here."""
-        response = self.response
+        response, data, end = self.response, connection.data, connection.end
+        response.http, response.body, response.blocking = 'HTTP/1.1', None, connection.blocking
         response.head_only = data[:5] == b'HEAD '
         if not 0 <= end <= HEAD_MAX:
-            raise BadRequest(*hopeless(data) or ('the head is too long', '431 Request Header Fields Too Large'))
+            raise BadRequest(*hopeless(data))
         parse_head(data[:end], environ)
         response.http = environ['SERVER_PROTOCOL']
-        if not (response.keep and keeps(environ)):
-            response.keep, response.end = False, self.closing_end
-        if self.worker.trusted and self.worker.trusts(environ['REMOTE_ADDR']):
-            client_address(environ, self.worker.trusted)
-        connection.data = data[end + 4:]
-        if 'CONTENT_LENGTH' not in environ and 'HTTP_TRANSFER_ENCODING' not in environ:
-            if response.http == 'HTTP/1.1' and environ['REQUEST_METHOD'] == 'GET' and environ['REQUEST_URI'][0] == '/':
-                self.remember(connection, data[data.find(b'\r\n') - 9:end], environ)
+        response.keep = keeps(environ) and not self.worker.stopping
+        if self.config.trust_proxy:
+            client_address(environ, self.config.trust_proxy)
+        begun, connection.data = data[end + 4:], b''
+        length = body_length(environ)
+        if not length:
+            connection.data = begun
             return None
-        rest, connection.data = connection.data, b''
-        body = response.body = self.open_body(environ, response.fd, rest)
+        body = response.body = self.open_body(environ, length, connection.fd, begun)
         if body is None:
-            connection.data = rest[int(environ.get('CONTENT_LENGTH', '0')):]
-        elif not rest and response.http == 'HTTP/1.1':
+            connection.data = begun[length:]
+        elif not begun and response.http == 'HTTP/1.1':
             body.wants_continue = environ.get('HTTP_EXPECT', '').lower() == '100-continue'
         return body
 
@@ -3177,18 +3008,16 @@ class Worker:
         self.stopping = False
         self.closing_at = 0.0                           # when a stopping worker leaves its kept connections
         self.waiting = None                             # at a stop: the listener, for those who wait already
+        self.undrained = set()                          # the same with epoll: listeners where somebody may wait yet
         self.offloaders, self.turn = [Offloader() for _ in range(max(1, config.offload_threads))], itertools.count()
         self.alarm_for = -1.0                           # when the request began that set_alarm() is for
-        self.undrained = set()                          # at a stop, with epoll: listeners where somebody may wait yet
         self.poll = self.stop_read = None
         self.next_look = 0.0
         self.dead_end, other_end = os.pipe()            # what takes the place of a listener
         os.close(other_end)
         self.logging = not config.disable_logging or any((
             config.log_4xx, config.log_5xx, config.log_slow, config.log_zero, config.log_big))
-        self.request_log = main_log
-        for name in config.req_logger:
-            self.request_log = Log(open_to_append(name))
+        self.request_log = Log(open_to_append(config.req_logger[-1])) if config.req_logger else main_log
         self.limit = self.most = math.inf               # requests until check_limits(), until we leave
         if config.max_requests:                         # not all workers at the same time
             delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
@@ -3196,7 +3025,6 @@ class Worker:
             self.limit = self.most if config.threads == 1 else 0        # with threads it takes a look each time
         if config.reload_on_rss or config.reload_on_as:
             self.limit = 0
-        self.trusted = config.trust_proxy
 
     @property
     def offloader(self):
@@ -3215,12 +3043,13 @@ class Worker:
         else:
             accept = listener.socket._accept            # gives a bare descriptor: -1.4 us against accept()
         threads = []
-        for offloader in self.offloaders if len(cores) > 1 else ():
-            offloader.start()                           # not left to the first of several threads
-        for core in cores[1:]:
+        if len(cores) > 1:
             import threading
-            threads.append(threading.Thread(target=core.serve, args=(core.wait,), daemon=True))
-            threads[-1].start()
+            for offloader in self.offloaders:
+                offloader.start()                       # not left to the first of several threads
+            threads = [threading.Thread(target=core.serve, args=(core.wait,), daemon=True) for core in cores[1:]]
+            for thread in threads:
+                thread.start()
         if self.config.py_autoreload and self.number == 1 and self.master:
             self.watch_modules()
         self.tell_master(READY)
@@ -3250,6 +3079,8 @@ class Worker:
 
     def watch_modules(self):
         """py-autoreload: a thread of the first worker that asks for a reload when a module's file changes."""
+        import threading
+
         def files():
             return {name: mtime(file) for name, module in list(sys.modules.items())
                     if (file := getattr(module, '__file__', None))}
@@ -3261,23 +3092,22 @@ class Worker:
                 if any(before.get(name, changed) != changed for name, changed in now.items()):
                     os.kill(self.master, signal.SIGHUP)
                 before = now
-        import threading
         threading.Thread(target=watch, args=(files(),), name='py-autoreload', daemon=True).start()
 
     def tell_state(self, *_):
-        log(f'worker {self.number} (pid {os.getpid()}): '
+        log(f'worker {self.number} (pid {self.pid}): '
             + (', '.join(row.request() for row in self.rows if row.numbers[STARTED]) or 'idle'))
 
     def on_harakiri(self, *_):
         """The request takes too long. With one thread it is broken off, and the worker is replaced: after an exception
         at an arbitrary place its state can't be trusted. With several, none can be broken off: what doesn't end
         within harakiri-graceful-timeout is killed by the master, with all threads."""
-        row, now = self.rows[0], time.monotonic()
-        started, limit = row.numbers[STARTED], self.config.harakiri
+        row, now, limit = self.rows[0], time.monotonic(), self.config.harakiri
+        started = row.numbers[STARTED]
         if len(self.rows) > 1:
             self.leave('harakiri, its stacks are above')
         elif started and (started == self.alarm_for or limit and now >= started + limit):   # else it came too late
-            log(f'harakiri: worker {self.number} (pid {os.getpid()}) at {row.request()} for '
+            log(f'harakiri: worker {self.number} (pid {self.pid}) at {row.request()} for '
                 f'{(now - started) * 1000:.0f} ms, its Python stack is above')
             self.leave('harakiri')
             raise Harakiri
@@ -3293,19 +3123,19 @@ class Worker:
             return
         self.stopping, self.rows[0].numbers[LEAVING] = True, 2          # 2: the master sees that it was heard
         self.closing_at = time.monotonic() + 1
-        if self.poll is not None:
+        if self.poll is not None:                       # wait() takes who waits already, until nobody does any more
+            self.undrained = set(self.listeners) if number == signal.SIGTERM else set()
+            for fd in self.listeners:
+                with contextlib.suppress(OSError):
+                    self.poll.unregister(fd)
             os.write(self.stop_write, b'.')
-        for fd, listener in self.listeners.items():
-            if self.poll is None:
-                if number == signal.SIGTERM:
-                    with contextlib.suppress(OSError):          # there may be no descriptor left for it
-                        self.waiting = listener.socket.dup()
-                        self.waiting.setblocking(False)         # for all that share it: they stop too
-                os.dup2(self.dead_end, fd, inheritable=False)
-            else:
-                self.unwatch(fd)
-        if self.poll is not None and number == signal.SIGTERM:
-            self.undrained = set(self.listeners)        # wait() accepts from them until nobody waits any more
+            return
+        (fd, listener), = self.listeners.items()
+        if number == signal.SIGTERM:
+            with contextlib.suppress(OSError):          # there may be no descriptor left for it
+                self.waiting = listener.socket.dup()
+                self.waiting.setblocking(False)         # for all that share it: they stop too
+        os.dup2(self.dead_end, fd, inheritable=False)
 
     def before_fork(self, cores):
         """The application forks: note what its child inherits. Signals wait: Python loses one that comes too early."""
@@ -3362,22 +3192,20 @@ class Worker:
     def leave(self, why):
         """Ask to be replaced; goes on serving until then."""
         if not self.rows[0].numbers[LEAVING]:
-            log(f'worker {self.number} (pid {os.getpid()}) leaves: {why}')
+            log(f'worker {self.number} (pid {self.pid}) leaves: {why}')
             self.tell_master(LEAVING)
             if not self.master:
                 self.on_stop(signal.SIGTERM, None)
 
     def check_limits(self):
         """Between requests: is it time for a successor? From which number of requests on to look again."""
-        config = self.config
-        answered = sum(int(row.numbers[REQUESTS]) for row in self.rows)
+        config, answered = self.config, sum(int(row.numbers[REQUESTS]) for row in self.rows)
         if answered >= self.most:
             self.leave(f'max-requests, it has answered {answered}')
         elif config.reload_on_rss or config.reload_on_as:
-            size, rss = [size >> 20 for size in memory_of()]
-            for name, most, is_now in ('rss', config.reload_on_rss, rss), ('as', config.reload_on_as, size):
-                if most and is_now >= most:
-                    self.leave(f'reload-on-{name} = {most}, it has {is_now} MB after {self.rows[0].request()}')
+            for name, most, size in zip(('as', 'rss'), (config.reload_on_as, config.reload_on_rss), memory_of()):
+                if most and size >> 20 >= most:
+                    self.leave(f'reload-on-{name} = {most}, it has {size >> 20} MB after {self.rows[0].request()}')
         if self.rows[0].numbers[LEAVING]:
             self.limit = math.inf
         return self.limit
@@ -3396,22 +3224,14 @@ class Worker:
 
     def park(self, connection, events=select.EPOLLIN):
         """Wait for more from the client without a thread that waits, until connection.deadline."""
-        fd = connection.fd
-        self.unblock(connection)
+        fd, known = connection.fd, connection.events
+        connection.unblock()
+        connection.events = events
         self.connections[fd] = connection               # first: the event may come to another thread at once
-        if connection.events != events:
-            known, connection.events = connection.events, events
-            (self.poll.modify if known else self.poll.register)(fd, events | self.one_shot)
-        elif self.one_shot:
+        if not known:
+            self.poll.register(fd, events | self.one_shot)
+        elif known != events or self.one_shot:
             self.poll.modify(fd, events | self.one_shot)
-
-    def unblock(self, connection):
-        if connection.blocking:
-            os.set_blocking(connection.fd, False)
-            connection.blocking = False
-
-    def forget(self, connection):
-        os.close(connection.fd)                         # epoll forgets it too
 
     def lend(self, connection):
         """The connection belongs to a job now."""
@@ -3419,20 +3239,14 @@ class Worker:
             connection.events = 0
             self.poll.unregister(connection.fd)
 
-    def take_back(self, connection):
-        """What a job does at its end with a connection that is kept."""
-        def done(fd, ok):
-            if not ok:
-                return close_hard(fd)
-            connection.deadline = time.monotonic() + self.config.http_timeout
-            # A request that has come already brings no event any more; that there is room to write is one.
-            return self.park(connection, select.EPOLLIN | (select.EPOLLOUT if connection.data else 0))
-        return done
-
-    def trusts(self, address):
-        """Is this a proxy whose X-Forwarded-For counts?"""
-        from ipaddress import ip_address
-        return bool(address) and any(ip_address(address) in network for network in self.trusted)
+    def take_back(self, connection, fd, ok):
+        """It has had its response, and is kept."""
+        if not ok:
+            return close_hard(fd)
+        connection.deadline = time.monotonic() + (
+            self.config.socket_timeout if connection.data else self.config.http_timeout)
+        # A request that has come already brings no event any more; that there is room to write is one.
+        return self.park(connection, select.EPOLLIN | (select.EPOLLOUT if connection.data else 0))
 
     def look_at_time(self, busy):
         """Once a second: close connections whose time is up. At a stop: leave when nothing more comes."""
@@ -3446,12 +3260,6 @@ class Worker:
             self.next_look = now + 1
             self.close_connections(lambda connection: connection.deadline < now)
 
-    def unwatch(self, fd):
-        try:
-            self.poll.unregister(fd)
-        except OSError:                                 # it was already
-            pass
-
     def close_connections(self, condition):
         for fd in [fd for fd, connection in list(self.connections.items()) if condition(connection)]:
             connection = self.connections.pop(fd, None)
@@ -3461,11 +3269,9 @@ class Worker:
                 self.park(connection, connection.events)
                 continue
             if connection.data:
-                try:
-                    os.write(fd, plain_answer('408 Request Timeout', 'the head took too long'))
-                except OSError:
-                    pass
-            self.forget(connection)
+                with contextlib.suppress(OSError):
+                    os.write(fd, b''.join(plain_answer('408 Request Timeout', 'the head took too long')))
+            os.close(fd)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -5687,7 +5687,7 @@ class TestBadMachine:
         """time.time() makes texts only: what people and browsers read, and a name for a file."""
         functions = re.findall(r'^ *def (\w+)(.*?)(?=^ *(?:def|class) |\Z)', SOURCE, re.M | re.S)
         uses = {name for name, body in functions if 'time.time()' in body}
-        assert uses == {'magic', 'rotate_log', 'send_static', 'formatted', 'tell_time', 'worker',
+        assert uses == {'magic', 'rotate_log', 'send_static', 'formatted', 'add', 'failed', 'http_headers', 'worker',
                         'offer_uwsgi_module'}
 
 
