@@ -1312,9 +1312,9 @@ CONTROL = bytes((*range(9), *range(10, 32), 127))       # all but the tab
 SINGLE = frozenset(('CONTENT_LENGTH', 'CONTENT_TYPE', 'HTTP_HOST', 'HTTP_TRANSFER_ENCODING'))
 
 
-def refuse_controls(raw):
-    if len(raw) - len(raw.translate(None, CONTROL)) != 2 * raw.count(b'\r\n'):
-        raise BadRequest('a control character in the head')
+def controls(raw):
+    """How many control characters are in there? A tab is none."""
+    return len(raw) - len(raw.translate(None, CONTROL))
 
 
 @functools.lru_cache(1000)
@@ -1333,48 +1333,60 @@ def unquote(path):
     return unquote_to_bytes(path.encode('latin-1')).decode('latin-1')
 
 
-def target_path(method, target):
-    """(path, host) of a target that doesn't begin with /: http://host/path, or * of OPTIONS."""
+def target_path(method, target, environ):
+    """The path of a target that doesn't begin with /: http://host/path, where host counts and not the header, or *
+    of OPTIONS."""
     scheme, slashes, rest = target.partition('://')
     if slashes and scheme.lower() in ('http', 'https'):
-        host, _, path = rest.partition('/')
-        if host and HOST.issuperset(host):
-            return '/' + path, host
+        environ['HTTP_HOST'], _, path = rest.partition('/')
+        if environ['HTTP_HOST'] and HOST.issuperset(environ['HTTP_HOST']):
+            return '/' + path
     elif target == '*' and method == 'OPTIONS':
-        return target, None
+        return target
     raise BadRequest(f'the target {target[:100]!r}',
                      '501 Not Implemented' if method == 'CONNECT' else '400 Bad Request')
 
 
-def parse_first_line(line, environ):
-    """Read 'GET /path?query HTTP/1.1' into environ; the host if the target names one."""
-    parts, host = line.split(' '), None
-    if len(parts) != 3 or not parts[0] or not TOKEN.issuperset(parts[0]):
-        raise BadRequest('the first line is not METHOD TARGET HTTP/1.1')
-    method, target, protocol = parts
-    environ['REQUEST_METHOD'], environ['REQUEST_URI'] = method, target
-    if protocol not in ('HTTP/1.1', 'HTTP/1.0'):
-        other = len(protocol) == 8 and protocol[:5] == 'HTTP/' and protocol[6] == '.' and protocol[5::2].isdecimal()
-        raise BadRequest(f'the protocol {protocol[:20]!r}',
-                         '505 HTTP Version Not Supported' if other else '400 Bad Request')
-    environ['SERVER_PROTOCOL'] = protocol
-    if '#' in target or '\t' in target:
-        raise BadRequest('a fragment or a tab in the target')
-    path, _, query = target.partition('?')
-    if path[:1] != '/':
-        path, host = target_path(method, path)
-    environ['PATH_INFO'] = path if '%' not in path else unquote(path)
-    environ['QUERY_STRING'] = query
-    return host
+def words(value):
+    """'a, B' -> ['a', 'b']: the value of a header that is a list."""
+    return [word.strip(' \t') for word in value.lower().split(',')]
 
 
-@functools.lru_cache(100)               # most clients send the same again: -4 us of 17
+def content_length(value):
+    if not (value.isascii() and value.isdecimal() and len(value) < 19):
+        raise BadRequest(f'Content-Length {value[:30]!r}')
+    return int(value)
+
+
+def body_length(headers):
+    """How many bytes of body follow a head; -1: chunked."""
+    coding, length = headers.get('HTTP_TRANSFER_ENCODING'), headers.get('CONTENT_LENGTH')
+    if coding is None:
+        return content_length(length) if length is not None else 0
+    if length is not None or headers['SERVER_PROTOCOL'] == 'HTTP/1.0':
+        raise BadRequest('Transfer-Encoding beside Content-Length or in HTTP/1.0')
+    codings = words(coding)
+    if codings != ['chunked']:          # where chunked isn't the last one, nobody knows the length
+        understood = codings[-1] == 'chunked' and codings.count('chunked') == 1 and all(codings)
+        raise BadRequest(f'Transfer-Encoding {coding[:50]!r}',
+                         '501 Not Implemented' if understood else '400 Bad Request')
+    return -1
+
+
+@functools.lru_cache(100)
 def parse_fields(fields):
-    """The lines of a head but for the first (bytes) -> what they are in the environ."""
-    refuse_controls(fields)
-    lines, headers = fields.decode('latin-1').split('\r\n') if fields else [], {}
+    """A head from ' HTTP/1.1' to the end of its last line (bytes) -> (what its lines are in the environ, may more
+    requests follow on this connection, length of the body)."""
+    protocol, *lines, _ = fields.decode('latin-1').split('\r\n')
+    if controls(fields) != 2 * len(lines) + 2:
+        raise BadRequest('a control character in the head')
+    if protocol not in (' HTTP/1.1', ' HTTP/1.0'):
+        other = protocol[:6] == ' HTTP/' and protocol[7:8] == '.' and protocol[6::2].isdecimal()
+        raise BadRequest(f'the protocol {protocol[1:20]!r}',
+                         '505 HTTP Version Not Supported' if other else '400 Bad Request')
     if len(lines) > FIELDS_MAX:
         raise BadRequest(f'more than {FIELDS_MAX} headers', '431 Request Header Fields Too Large')
+    headers = {}
     for line in lines:
         name, colon, value = line.partition(':')
         if not colon:
@@ -1386,56 +1398,29 @@ def parse_fields(fields):
             value = headers[key] + ('; ' if key == 'HTTP_COOKIE' else ', ') + value
         headers[key] = value
     headers.pop('', None)
+    new = protocol == ' HTTP/1.1'
+    if new and 'HTTP_HOST' not in headers:
+        raise BadRequest('no Host')
     if not HOST.issuperset(headers.get('HTTP_HOST', '')):
         raise BadRequest('a Host that is no name of a host')
-    return headers
+    headers['SERVER_PROTOCOL'] = protocol[1:]
+    wishes = words(headers.get('HTTP_CONNECTION', ''))
+    return headers, 'close' not in wishes and (new or 'keep-alive' in wishes), body_length(headers)
 
 
-def parse_head(head, environ):
-    """Read a request head (bytes, without the empty line at its end) into environ."""
-    line, _, fields = head.partition(b'\r\n')
-    refuse_controls(line)
-    if len(line) > LINE_MAX:
-        raise BadRequest('the first line is too long', '414 URI Too Long')
-    host = parse_first_line(line.decode('latin-1'), environ)
-    headers = parse_fields(fields) if len(fields) < 4096 else parse_fields.__wrapped__(fields)
-    if 'HTTP_HOST' not in headers and environ['SERVER_PROTOCOL'] == 'HTTP/1.1':
-        raise BadRequest('no Host')
-    environ.update(headers)
-    if host is not None:                                # it counts then, whatever the header says
-        environ['HTTP_HOST'] = host
-
-
-def words(value):
-    """'a, B' -> ['a', 'b']: the value of a header that is a list."""
-    return [word.strip(' \t') for word in value.lower().split(',')]
-
-
-def keeps(environ):
-    """May more requests follow on this connection?"""
-    wish = words(environ.get('HTTP_CONNECTION', ''))
-    return 'close' not in wish and (environ['SERVER_PROTOCOL'] == 'HTTP/1.1' or 'keep-alive' in wish)
-
-
-def content_length(value):
-    if not (value.isascii() and value.isdecimal() and len(value) < 19):
-        raise BadRequest(f'Content-Length {value[:30]!r}')
-    return int(value)
-
-
-def body_length(environ):
-    """How many bytes of body follow a head; -1: chunked."""
-    coding, length = environ.get('HTTP_TRANSFER_ENCODING'), environ.get('CONTENT_LENGTH')
-    if coding is None:
-        return content_length(length) if length is not None else 0
-    if length is not None or environ['SERVER_PROTOCOL'] == 'HTTP/1.0':
-        raise BadRequest('Transfer-Encoding beside Content-Length or in HTTP/1.0')
-    codings = words(coding)
-    if codings != ['chunked']:          # where chunked isn't the last one, nobody knows the length
-        understood = codings[-1] == 'chunked' and codings.count('chunked') == 1 and all(codings)
-        raise BadRequest(f'Transfer-Encoding {coding[:50]!r}',
-                         '501 Not Implemented' if understood else '400 Bad Request')
-    return -1
+def parse_start(start, environ):
+    """Read a head up to ' HTTP/1.1' (bytes) into environ."""
+    method, _, target = start.decode('latin-1').partition(' ')
+    if not method or not TOKEN.issuperset(method):
+        raise BadRequest('the first line is not METHOD TARGET HTTP/1.1')
+    if ' ' in target or '#' in target or not target.isprintable() and ('\t' in target or controls(start)):
+        raise BadRequest('a blank, a fragment or a control character in the target')
+    environ['REQUEST_METHOD'], environ['REQUEST_URI'] = method, target
+    path, _, query = target.partition('?')
+    if path[:1] != '/':
+        path = target_path(method, path, environ)
+    environ['PATH_INFO'] = path if '%' not in path else unquote(path)
+    environ['QUERY_STRING'] = query
 
 
 def hopeless(data):
@@ -1678,9 +1663,8 @@ class Body(io.RawIOBase):
         while (end := self.begun.find(b'\n') + 1) == 0 and len(self.begun) <= 1024:
             self.receive()
         line, self.begun = self.begun[:end], self.begun[end:]
-        if not 1 < len(line) <= 1024 or line[-2:] != b'\r\n':
+        if len(line) > 1024 or line[-2:] != b'\r\n' or controls(line) != 2:
             raise BadRequest('a bad line between chunks')
-        refuse_controls(line)
         return line[:-2]
 
 
@@ -1705,13 +1689,6 @@ class FileWrapper:
         if not stat.S_ISREG(status.st_mode) or not isinstance(self.file, (io.FileIO, io.BufferedIOBase)):
             return None
         return fd, offset, max(0, status.st_size - offset)
-
-
-@functools.lru_cache(1)
-def date_line(second):
-    """The header Date for a time in whole seconds; strftime() would heed the locale."""
-    utc = time.asctime(time.gmtime(second))
-    return f"Date: {utc[:3]}, {utc[8:10].replace(' ', '0')} {utc[4:7]} {utc[20:]} {utc[11:19]} GMT\r\n".encode()
 
 
 HOP_BY_HOP = frozenset(('connection', 'keep-alive', 'proxy-authenticate', 'proxy-authorization', 'te', 'trailer',
@@ -1753,6 +1730,14 @@ def trimmed(chunks, size):
         kept.append(chunk[:size])
         size -= len(kept[-1])
     return kept
+
+
+@functools.lru_cache(1)
+def server_headers(second):
+    """Date and Server, for a time in whole seconds; strftime() would heed the locale."""
+    utc = time.asctime(time.gmtime(second))
+    date = f"{utc[:3]}, {utc[8:10].replace(' ', '0')} {utc[4:7]} {utc[20:]} {utc[11:19]} GMT"
+    return f'Date: {date}\r\nServer: minuwsgi\r\n'.encode()
 
 
 class Response:
@@ -1815,15 +1800,16 @@ class Response:
 
     def http_headers(self):
         """What HTTP adds to a head; it can't be known before there is something to send."""
-        headers = b'' if 'date' in self.own else date_line(int(time.time()))
-        if 'server' not in self.own:
-            headers += b'Server: minuwsgi\r\n'
+        headers = server_headers(int(time.time()))
+        if self.own:                                    # the application has given Date or Server
+            headers = b''.join(line for line in headers.splitlines(True)
+                               if line.lower().partition(b':')[0].decode() not in self.own)
         if self.left is None:
             self.chunked = self.http == 'HTTP/1.1'
             if self.chunked:
                 headers += b'Transfer-Encoding: chunked\r\n'
-            else:
-                self.keep = False                       # the end of the connection is the end of the body
+            else:                                       # the end of the connection is the end of the body
+                self.keep, self.ending = False, 'drain'
         elif self.length is None:
             headers += b'Content-Length: %d\r\n' % self.left
         if self.body is not None and self.body.left:
@@ -2574,25 +2560,27 @@ class Row:
 class Connection:
     """A client's connection over HTTP, between and during its requests."""
 
-    __slots__ = ('fd', 'base', 'data', 'end', 'deadline', 'events', 'blocking')
+    __slots__ = ('fd', 'base', 'data', 'end', 'fields', 'new_environ', 'keep', 'length', 'deadline', 'events',
+                 'blocking')
 
     def __init__(self, fd, template, address, deadline):
         self.fd, self.base, self.deadline = fd, template, deadline
         if type(address) is tuple:
             self.base = {**template, 'REMOTE_ADDR': address[0], 'REMOTE_PORT': str(address[1])}
         self.data, self.end = b'', -1                   # read, but not yet used; where the head ends in it
+        self.fields = None                              # of the last request, see learn()
         self.blocking = True
         self.events = 0                                 # what the worker's epoll watches it for; 0: nothing
 
+    def learn(self, fields):
+        """Read a head from ' HTTP/1.1' on, and keep what it says: clients mostly send the same again."""
+        headers, self.keep, self.length = (
+            parse_fields(fields) if len(fields) < 4096 else parse_fields.__wrapped__(fields))
+        self.fields, self.new_environ = fields, {**self.base, **headers}.copy
+
     def unblock(self):
-        if self.blocking:
-            os.set_blocking(self.fd, False)
-            self.blocking = False
-
-
-def skip_empty_lines(data):
-    """Some clients end a body with one."""
-    return data.lstrip(b'\r\n') if data[:2] == b'\r\n' else data
+        os.set_blocking(self.fd, False)
+        self.blocking = False
 
 
 def hung_up(fd):
@@ -2739,8 +2727,9 @@ class Core:
                     raise ClientGone(0, 'before its turn')
                 if type(connection) is Connection:
                     size = connection.end + 4
-                    environ = connection.base.copy()
-                    body = self.read_request(connection, environ)
+                    environ = self.read_request(connection)
+                    if connection.length:
+                        body = self.open_http_body(connection, environ)
                 else:
                     if not nowait:
                         os.set_blocking(fd, False)
@@ -2791,10 +2780,13 @@ class Core:
                     job = response.finish(result)
             except BaseException as error:
                 self.failed(error)
-            if job is None and not response.ending and not response.http and (body is None or not body.left):
-                close(fd)
-            else:
+            if job is not None or body is not None or response.ending or (
+                    response.http and connection.data and not response.keep):
                 self.let_go(fd, job, body, connection)
+            elif response.keep:
+                self.worker.keep(connection, fd, True)
+            else:
+                close(fd)
             ended = clock()
             took = ended - began
             if took > 0.1:
@@ -2874,7 +2866,7 @@ class Core:
         if response.sent:
             response.cut('the response was begun')
             return
-        head, body = plain_answer(status, why, date_line(int(time.time())) if response.http else b'')
+        head, body = plain_answer(status, why, server_headers(int(time.time())) if response.http else b'')
         response.status, response.sent = status, True
         response.head, response.headers, response.size = head, 3, len(body)
         with contextlib.suppress(OSError):
@@ -2884,14 +2876,12 @@ class Core:
         """The end of a connection, or of its turn, that needs more than close()."""
         response, done = self.response, close_after
         ending, response.ending = response.ending, ''
-        if response.http:
-            connection.blocking = response.blocking
-            if body is not None:
-                connection.data = body.begun
-            if response.keep:
-                done = functools.partial(self.worker.take_back, connection)
-            elif connection.data:                       # it has sent requests that nobody takes
-                ending = ending or 'drain'
+        if response.http and body is not None:
+            connection.data = body.begun                # the next requests
+        if response.keep:
+            done = functools.partial(self.worker.keep, connection)
+        elif response.http and connection.data:         # nobody will take them
+            ending = ending or 'drain'
         if ending == 'drain' or body is not None and body.left:
             try:
                 job, done = run_a_while(fd, then_drain(fd, job or ())), close_after
@@ -2912,18 +2902,22 @@ class Core:
         """Stands in for accept(): (descriptor, address) of the next connection that speaks uwsgi, or (descriptor,
         Connection) of one that has sent the head of a request over HTTP."""
         worker, claim = self.worker, self.worker.connections.pop        # who has claimed a connection, alone uses it
-        most = 1 if self.config.threads > 1 else 64     # threads must not hoard what others could do
         while True:
             while self.ready:
                 fd, _ = self.ready.pop()
-                connection, listener = claim(fd, None), worker.listeners.get(fd)
-                if listener is not None:
-                    self.busy = True
+                connection = claim(fd, None)
+                if connection is None:
+                    listener = worker.listeners.get(fd)
+                    if listener is None:
+                        time.sleep(0.01 if fd == worker.stop_read else 0)       # it stays readable, for all threads
+                        continue
                     try:
                         new, address = listener.socket._accept()
                     except BlockingIOError:             # another worker was faster
                         worker.undrained.discard(fd)
                         continue
+                    finally:
+                        self.busy = True
                     self.accepts += 1
                     if self.accepts % 16:               # another one may wait: without epoll_wait(), -1 us
                         self.ready.insert(0, (fd, 0))
@@ -2931,23 +2925,21 @@ class Core:
                         return new, address
                     connection = Connection(new, self.templates[fd], address,
                                             time.monotonic() + self.config.http_timeout)
-                if connection is not None:
-                    self.busy = True
-                    if self.read_head(connection):
-                        return connection.fd, connection
-                elif fd == worker.stop_read:
-                    time.sleep(0.01)                    # it stays readable, for all threads to see
+                self.busy = True
+                if self.read_head(connection):
+                    return connection.fd, connection
             if worker.stopping or time.monotonic() >= worker.next_look:
                 worker.look_at_time(self.busy)
             self.busy = False
             self.ready = [(fd, 0) for fd in list(worker.undrained)] or worker.poll.poll(
-                1 if worker.connections else None, most)
+                1 if worker.connections else None,
+                1 if self.config.threads > 1 else 64)   # threads must not hoard what others could do
 
     def read_head(self, connection):
         """Take what came. Is a head whole, or hopeless? If not, the connection is parked, or closed."""
-        data, memory, new = skip_empty_lines(connection.data), self.row.memory, None
+        data, memory, new = connection.data, self.row.memory, None
         if b'\r\n\r\n' not in data:
-            if not NOWAIT:
+            if not NOWAIT and connection.blocking:
                 connection.unblock()
             try:
                 new = memory[:os.preadv(connection.fd, [self.row.packet], -1, NOWAIT)]
@@ -2961,36 +2953,45 @@ class Core:
                 return False
             if not data:                                # a head begins: it has socket-timeout in all
                 connection.deadline = time.monotonic() + self.config.socket_timeout
-            data = skip_empty_lines(data + new)
+            data += new
+        if data[:2] == b'\r\n':                         # some clients end a body so
+            data = data.lstrip(b'\r\n')
         connection.data, connection.end = data, data.find(b'\r\n\r\n')
         if connection.end < 0 and not hopeless(data):
             self.worker.park(connection)
             return False
-        if data is not new:                             # else the row has it
+        if data is not new:                             # else the row shows it already
             memory[:512] = data[:512].ljust(512)
         return True
 
-    def read_request(self, connection, environ):
-        """Read a head into environ and prepare the response; the Body, unless all of it is here."""
+    def read_request(self, connection):
+        """The environ of the request whose head is there; prepares the response."""
         response, data, end = self.response, connection.data, connection.end
         response.http, response.body, response.blocking = 'HTTP/1.1', None, connection.blocking
         response.head_only = data[:5] == b'HEAD '
         if not 0 <= end <= HEAD_MAX:
             raise BadRequest(*hopeless(data))
-        parse_head(data[:end], environ)
+        line_end = data.find(b'\r\n')
+        if line_end > LINE_MAX:
+            raise BadRequest('the first line is too long', '414 URI Too Long')
+        fields = data[line_end - 9:end + 2]
+        if fields != connection.fields:
+            connection.learn(fields)
+        environ = connection.new_environ()
+        parse_start(data[:line_end - 9], environ)
         response.http = environ['SERVER_PROTOCOL']
-        response.keep = keeps(environ) and not self.worker.stopping
+        response.keep = connection.keep and not self.worker.stopping
+        connection.data = data[end + 4:]
         if self.config.trust_proxy:
             client_address(environ, self.config.trust_proxy)
-        begun, connection.data = data[end + 4:], b''
-        length = body_length(environ)
-        if not length:
-            connection.data = begun
-            return None
-        body = response.body = self.open_body(environ, length, connection.fd, begun)
+        return environ
+
+    def open_http_body(self, connection, environ):
+        begun, length = connection.data, connection.length
+        body = self.response.body = self.open_body(environ, length, connection.fd, begun)
         if body is None:
             connection.data = begun[length:]
-        elif not begun and response.http == 'HTTP/1.1':
+        elif not begun and environ['SERVER_PROTOCOL'] == 'HTTP/1.1':
             body.wants_continue = environ.get('HTTP_EXPECT', '').lower() == '100-continue'
         return body
 
@@ -3225,7 +3226,8 @@ class Worker:
     def park(self, connection, events=select.EPOLLIN):
         """Wait for more from the client without a thread that waits, until connection.deadline."""
         fd, known = connection.fd, connection.events
-        connection.unblock()
+        if connection.blocking:
+            connection.unblock()
         connection.events = events
         self.connections[fd] = connection               # first: the event may come to another thread at once
         if not known:
@@ -3239,14 +3241,16 @@ class Worker:
             connection.events = 0
             self.poll.unregister(connection.fd)
 
-    def take_back(self, connection, fd, ok):
+    def keep(self, connection, fd, ok):
         """It has had its response, and is kept."""
         if not ok:
-            return close_hard(fd)
-        connection.deadline = time.monotonic() + (
-            self.config.socket_timeout if connection.data else self.config.http_timeout)
-        # A request that has come already brings no event any more; that there is room to write is one.
-        return self.park(connection, select.EPOLLIN | (select.EPOLLOUT if connection.data else 0))
+            close_hard(fd)
+        elif connection.data:                           # that brings no event any more, but that there is room does
+            connection.deadline = time.monotonic() + self.config.socket_timeout
+            self.park(connection, select.EPOLLIN | select.EPOLLOUT)
+        else:
+            connection.deadline = time.monotonic() + self.config.http_timeout
+            self.park(connection)
 
     def look_at_time(self, busy):
         """Once a second: close connections whose time is up. At a stop: leave when nothing more comes."""
