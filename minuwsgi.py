@@ -1723,15 +1723,6 @@ def refuse_line_ends(name, value):
         raise ValueError(f'a line end or NUL in the value of the header {name}: {value!r}')
 
 
-def trimmed(chunks, size):
-    """The first size bytes of a list of bytes."""
-    kept = []
-    for chunk in chunks:
-        kept.append(chunk[:size])
-        size -= len(kept[-1])
-    return kept
-
-
 @functools.lru_cache(1)
 def server_headers(second):
     """Date and Server, for a time in whole seconds; strftime() would heed the locale."""
@@ -1828,7 +1819,7 @@ class Response:
             if size > self.left:
                 if self.length != -1:
                     log('the application sent more than its Content-Length; the rest is left out')
-                chunks, size = trimmed(chunks, self.left), self.left
+                chunks, size = [b''.join(chunks)[:self.left]], self.left
             self.left -= size
         self.size += size
         return framed + ([b'%x\r\n' % size, *chunks, b'\r\n'] if self.chunked and size else [*chunks])
@@ -1875,14 +1866,11 @@ class Response:
                 job = self.list_job([])
             return run_a_while(self.fd, job)
         finally:
-            if hasattr(result, 'close'):
-                self.close_result(result)
-
-    def close_result(self, result):
-        try:
-            result.close()
-        except Exception:                               # the response was not harmed by it
-            log_exception("close() of the application's result failed")
+            try:
+                if hasattr(result, 'close'):
+                    result.close()
+            except Exception:                           # the response was not harmed by it
+                log_exception("close() of the application's result failed")
 
     def list_job(self, chunks):
         """A job that sends a list or tuple of bytes and ends the response; None for what has to be iterated over."""
@@ -2780,13 +2768,10 @@ class Core:
                     job = response.finish(result)
             except BaseException as error:
                 self.failed(error)
-            if job is not None or body is not None or response.ending or (
-                    response.http and connection.data and not response.keep):
-                self.let_go(fd, job, body, connection)
-            elif response.keep:
-                self.worker.keep(connection, fd, True)
-            else:
+            if job is None and body is None and not response.ending and not response.http:
                 close(fd)
+            else:
+                self.let_go(fd, job, body, connection)
             ended = clock()
             took = ended - began
             if took > 0.1:
@@ -2874,8 +2859,10 @@ class Core:
 
     def let_go(self, fd, job, body, connection):
         """The end of a connection, or of its turn, that needs more than close()."""
-        response, done = self.response, close_after
-        ending, response.ending = response.ending, ''
+        response, ending, done = self.response, self.response.ending, close_after
+        if job is None and body is None and not ending and response.keep:
+            return self.worker.keep(connection, fd, True)
+        response.ending = ''
         if response.http and body is not None:
             connection.data = body.begun                # the next requests
         if response.keep:
@@ -2890,11 +2877,10 @@ class Core:
         if ending == 'cut':
             done = close_hard
         if job is None:
-            done(fd, True)
-        else:
-            if response.http:
-                self.worker.lend(connection)
-            self.worker.offloader.take(fd, job, done)
+            return done(fd, True)
+        if response.http:
+            self.worker.lend(connection)
+        return self.worker.offloader.take(fd, job, done)
 
     # -- several listeners, HTTP, threads
 
