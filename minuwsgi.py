@@ -2706,7 +2706,7 @@ class Core:
                 continue
             numbers[STARTED] = began = clock()
             response.fd, response.status, response.length, response.http = fd, None, None, ''
-            response.sent, response.keep, response.chunked, response.head_only = False, False, False, False
+            response.sent = response.keep = response.chunked = response.head_only = False
             response.blocking = True
             job = body = None
             environ, variables, size = self.template, 0, 0
@@ -2861,12 +2861,12 @@ class Core:
         """The end of a connection, or of its turn, that needs more than close()."""
         response, ending, done = self.response, self.response.ending, close_after
         if job is None and body is None and not ending and response.keep:
-            return self.worker.keep(connection, fd, True)
+            return self.worker.keep(connection)
         response.ending = ''
         if response.http and body is not None:
             connection.data = body.begun                # the next requests
         if response.keep:
-            done = functools.partial(self.worker.keep, connection)
+            done = functools.partial(self.worker.take_back, connection)
         elif response.http and connection.data:         # nobody will take them
             ending = ending or 'drain'
         if ending == 'drain' or body is not None and body.left:
@@ -2930,7 +2930,7 @@ class Core:
             try:
                 new = memory[:os.preadv(connection.fd, [self.row.packet], -1, NOWAIT)]
             except BlockingIOError:
-                self.worker.park(connection)
+                self.worker.park(connection, connection.deadline)
                 return False
             except OSError:
                 new = b''
@@ -2944,7 +2944,7 @@ class Core:
             data = data.lstrip(b'\r\n')
         connection.data, connection.end = data, data.find(b'\r\n\r\n')
         if connection.end < 0 and not hopeless(data):
-            self.worker.park(connection)
+            self.worker.park(connection, connection.deadline)
             return False
         if data is not new:                             # else the row shows it already
             memory[:512] = data[:512].ljust(512)
@@ -3209,17 +3209,24 @@ class Worker:
             self.poll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)      # wakes one process, not all
         self.one_shot = select.EPOLLONESHOT if self.config.threads > 1 else 0
 
-    def park(self, connection, events=select.EPOLLIN):
-        """Wait for more from the client without a thread that waits, until connection.deadline."""
+    def park(self, connection, deadline, events=select.EPOLLIN):
+        """Wait for more from the client without a thread that waits."""
         fd, known = connection.fd, connection.events
         if connection.blocking:
             connection.unblock()
-        connection.events = events
+        connection.deadline, connection.events = deadline, events
         self.connections[fd] = connection               # first: the event may come to another thread at once
         if not known:
             self.poll.register(fd, events | self.one_shot)
         elif known != events or self.one_shot:
             self.poll.modify(fd, events | self.one_shot)
+
+    def keep(self, connection):
+        """It has had its response."""
+        if connection.data:                             # that brings no event any more, but that there is room does
+            self.park(connection, time.monotonic() + self.config.socket_timeout, select.EPOLLIN | select.EPOLLOUT)
+        else:
+            self.park(connection, time.monotonic() + self.config.http_timeout)
 
     def lend(self, connection):
         """The connection belongs to a job now."""
@@ -3227,16 +3234,9 @@ class Worker:
             connection.events = 0
             self.poll.unregister(connection.fd)
 
-    def keep(self, connection, fd, ok):
-        """It has had its response, and is kept."""
-        if not ok:
-            close_hard(fd)
-        elif connection.data:                           # that brings no event any more, but that there is room does
-            connection.deadline = time.monotonic() + self.config.socket_timeout
-            self.park(connection, select.EPOLLIN | select.EPOLLOUT)
-        else:
-            connection.deadline = time.monotonic() + self.config.http_timeout
-            self.park(connection)
+    def take_back(self, connection, fd, ok):
+        """The end of the job."""
+        self.keep(connection) if ok else close_hard(fd)
 
     def look_at_time(self, busy):
         """Once a second: close connections whose time is up. At a stop: leave when nothing more comes."""
@@ -3256,7 +3256,7 @@ class Worker:
             if connection is None:                      # another thread was faster
                 continue
             if not condition(connection):               # and this is a new one with the same descriptor
-                self.park(connection, connection.events)
+                self.park(connection, connection.deadline, connection.events)
                 continue
             if connection.data:
                 with contextlib.suppress(OSError):
