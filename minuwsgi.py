@@ -3543,8 +3543,8 @@ def mounted(mounts, manage):
 
     def application(environ, start_response):
         script, path = environ['SCRIPT_NAME'].rstrip('/'), environ['PATH_INFO']
-        prefix = next(prefix for prefix in prefixes if f'{path}/'.startswith(prefix + '/')) if manage else ''
-        if prefix:
+        prefix = next((prefix for prefix in prefixes if f'{path}/'.startswith(prefix + '/')), '')
+        if manage and prefix:
             environ['SCRIPT_NAME'], environ['PATH_INFO'] = script, _ = prefix, path[len(prefix):]
         return mounts.get(script, mounts[''])(environ, start_response)
     return application
@@ -3566,7 +3566,8 @@ def load_application(config):
     if config.cgi:
         application = cgi_application(config, application)
     if mounts:
-        application = mounted({'': application or nothing_mounted, **mounts}, config.manage_script_name)
+        mounts.setdefault('', nothing_mounted if application is None else application)
+        application = mounted(mounts, config.manage_script_name)
     if application is None:
         raise AppError('no application is named: set module = package.module:callable or wsgi-file = FILE')
     if config.chdir2:
@@ -3577,21 +3578,14 @@ def load_application(config):
     return with_static_files(config, application)
 
 
-class Stopped(BaseException):
-    """A signal that ends the server came while it was still starting."""
-
-
 def load_or_log(config):
     """The application, or None after its traceback was logged."""
     try:
         return load_application(config)
     except AppError as error:
         log(f'minuwsgi: {config.where(config.module or config.wsgi_file)}{error}')
-    except Stopped:
-        raise
-    except BaseException:
+    except (Exception, SystemExit):
         log_exception('minuwsgi: the application failed to load')
-    return None
 
 
 def look_before_fork():
@@ -3617,22 +3611,24 @@ def look_before_fork():
 # master answers who asks (so it does even when all workers are busy), and each worker answers its
 # application. Both have uWSGI's names, for tools that know it. No variables of requests are in it.
 
+NEVER = dict.fromkeys(('static_requests', 'routed_requests', 'offloaded_requests', 'write_errors', 'read_errors'), 0)
+
+
 def describe(rows):
     """The state of a worker; rows: one for each of its cores."""
     first = rows[0].numbers
     requests, errors, busy = (sum(row.numbers[what] for row in rows) for what in (REQUESTS, ERRORS, BUSY))
     counts = {'requests': int(requests), 'exceptions': int(errors)}
+    serving = sum(row.numbers[STARTED] > 0 for row in rows)
     vsz, rss = memory_of(int(first[PID]))
     return {'id': int(first[NUMBER]), 'pid': int(first[PID]), **counts, 'delta_requests': int(requests),
             'accepting': int(0 < first[READY] <= time.monotonic() and not first[LEAVING]),
-            'status': 'busy' if any(row.numbers[STARTED] for row in rows) else 'idle', 'rss': rss, 'vsz': vsz,
+            'status': 'busy' if serving else 'idle', 'serving': serving, 'vsz': vsz, 'rss': rss,
             'running_time': int(busy * 1e6), 'avg_rt': int(busy * 1e6 / max(1, requests)),
-            'harakiri_count': 0, 'respawn_count': 1, 'signals': 0, 'signal_queue': 0, 'tx': 0,
+            'signals': 0, 'signal_queue': 0, 'tx': 0,
             'apps': [{'id': 0, 'modifier1': 0, 'mountpoint': '', 'startup_time': 0, 'chdir': '', **counts}],
-            'cores': [{'id': i, 'requests': int(row.numbers[REQUESTS]), 'static_requests': 0, 'routed_requests': 0,
-                       'offloaded_requests': 0, 'write_errors': 0, 'read_errors': 0,
-                       'in_request': int(row.numbers[STARTED] > 0), 'vars': [], 'req_info': {}}
-                      for i, row in enumerate(rows)]}
+            'cores': [{'id': i, 'requests': int(row.numbers[REQUESTS]), 'in_request': int(row.numbers[STARTED] > 0),
+                       'vars': [], 'req_info': {}, **NEVER} for i, row in enumerate(rows)]}
 
 
 def queue(listener):
@@ -3683,57 +3679,50 @@ class Stats:
             time.sleep(0.01)                            # perhaps no descriptor is left, and it stays readable
 
     def over_http(self, path):
-        status, kind = '200 OK', 'text/plain; version=0.0.4'
-        if path == [b'/health']:
-            trouble = self.trouble()
-            status, body = ('503 Service Unavailable', trouble) if trouble else (status, b'ok\n')
-        elif path == [b'/metrics']:
+        status, kind, body = '200 OK', 'text/plain; version=0.0.4', b'ok\n'
+        if path == [b'/metrics']:
             body = self.metrics()
-        else:
+        elif path != [b'/health']:
             kind, body = 'application/json', self.json()
+        elif self.is_stuck():
+            status, body = '503 Service Unavailable', b'all workers are busy, for a long time\n'
         return (f'HTTP/1.0 {status}\r\nConnection: close\r\nAccess-Control-Allow-Origin: *\r\n'
                 f'Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n').encode() + body
 
-    def trouble(self):
-        """Is there no worker that is idle, or got its request not long ago?"""
-        limit = self.master.config.harakiri or 30
-        before = time.monotonic() - limit
+    def is_stuck(self):
+        """Is there no worker with a core that is idle, or got its request not long ago?"""
+        long_ago = time.monotonic() - (self.master.config.harakiri or 30)
         ready = [child.rows for child in self.master.children.values() if child.rows[0].numbers[READY]]
-        if any(not 0 < row.numbers[STARTED] < before for rows in ready for row in rows):
-            return b''
-        return f'all {len(ready)} workers are busy for more than {limit} s\n'.encode()
+        return all(0 < row.numbers[STARTED] < long_ago for rows in ready for row in rows)
 
     def workers(self):
         """What describe() tells of each, and what only the master knows."""
         master, start = self.master, time.time() - time.monotonic()
-        for child in sorted(master.children.values(), key=lambda child: child.number):
+        for child in sorted(master.children.values(), key=lambda child: (child.number, child.born)):
             yield {**describe(child.rows), 'last_spawn': int(start + child.born),
-                   'respawn_count': master.spawned[child.number], 'harakiri_count': master.harakiris[child.number]}
+                   'respawn_count': master.spawned[child.number], 'deaths': master.deaths[child.number],
+                   'harakiri_count': master.harakiris[child.number]}
 
     def json(self):
         import json
         queues = [(listener, *queue(listener)) for listener in self.master.listeners]
         waiting = sum(waiting for _, waiting, _ in queues)
         return json.dumps({
-            'version': __version__, 'listen_queue': waiting, 'listen_queue_errors': 0, 'signal_queue': 0,
-            'load': waiting, 'pid': os.getpid(), 'uid': os.getuid(), 'gid': os.getgid(), 'cwd': os.getcwd(),
-            'locks': [], 'workers': list(self.workers()),
+            'version': __version__, 'pid': os.getpid(), 'uid': os.getuid(), 'gid': os.getgid(), 'cwd': os.getcwd(),
+            'listen_queue': waiting, 'load': waiting, 'listen_queue_errors': 0, 'signal_queue': 0, 'locks': [],
             'sockets': [{'name': listener.name, 'proto': listener.protocol, 'queue': waiting, 'max_queue': most,
-                         'shared': 0, 'can_offload': 1} for listener, waiting, most in queues]},
-            indent='\t').encode()
+                         'shared': 0, 'can_offload': 1} for listener, waiting, most in queues],
+            'workers': list(self.workers())}, indent='\t').encode()
 
     def metrics(self):
-        workers, lines = list(self.workers()), []
-
-        def add(name, kind, label, values):
-            lines.append(f'# TYPE minuwsgi_{name} {kind}')
-            lines.extend(f'minuwsgi_{name}{{{label}="{which}"}} {value}' for which, value in values)
-        add('worker_requests_total', 'counter', 'worker', [(w['id'], w['requests']) for w in workers])
-        add('worker_errors_total', 'counter', 'worker', [(w['id'], w['exceptions']) for w in workers])
-        add('worker_rss_bytes', 'gauge', 'worker', [(w['id'], w['rss']) for w in workers])
-        add('worker_busy', 'gauge', 'worker', [(w['id'], int(w['status'] == 'busy')) for w in workers])
-        add('listen_queue', 'gauge', 'socket', [(one.name, queue(one)[0]) for one in self.master.listeners])
-        add('worker_deaths_total', 'counter', 'worker', [('all', self.master.deaths)])
+        workers = {worker['id']: worker for worker in self.workers()}           # during a reload the new ones
+        lines = ['# TYPE minuwsgi_listen_queue gauge']
+        lines += [f'minuwsgi_listen_queue{{socket="{one.name}"}} {queue(one)[0]}' for one in self.master.listeners]
+        for name, kind, key in (('requests_total', 'counter', 'requests'), ('errors_total', 'counter', 'exceptions'),
+                                ('deaths_total', 'counter', 'deaths'), ('harakiris_total', 'counter', 'harakiri_count'),
+                                ('rss_bytes', 'gauge', 'rss'), ('busy', 'gauge', 'serving')):
+            lines.append(f'# TYPE minuwsgi_worker_{name} {kind}')
+            lines += [f'minuwsgi_worker_{name}{{worker="{i}"}} {worker[key]}' for i, worker in workers.items()]
         return '\n'.join([*lines, '']).encode()
 
 
@@ -3766,11 +3755,11 @@ def offer_uwsgi_module(config):
 # ---------------------------------------------------------------------------------------------
 # 13. Master
 #
-# The master owns the sockets, loads the application, forks workers and waits. Its signal handlers
-# do nothing; signal.set_wakeup_fd() makes each signal a byte in a pipe. One loop sleeps on that pipe
-# and its next deadline, and then converges: whatever happened, it compares what is with what should
-# be, and mends the difference. So a signal that comes twice, or two that merge, do no harm. Deadlines
-# aren't kept but follow from what is: who asks due(when), and hears "not yet", is asked again then.
+# The master owns the sockets, loads the application, forks workers and waits. Each signal becomes a
+# byte in a pipe (signal.set_wakeup_fd()). One loop sleeps on that pipe and its next deadline, and then
+# converges: whatever happened, it compares what is with what should be, and mends the difference. So
+# a signal that comes twice, or two that merge, do no harm. No deadline is kept: each follows from
+# what is, and whoever asks due(when) and hears "not yet" is asked again then.
 #
 # Each worker has the read end of a lifeline, a pipe whose write end only the master holds. With
 # O_ASYNC the kernel sends SIGIO when that end closes: when the master dies, however it dies.
@@ -3780,47 +3769,25 @@ def offer_uwsgi_module(config):
 # It inherits the sockets and the old workers, which go on serving, and replaces them one by one. If
 # only the new image fails to load, they go on too; none is replaced until a reload works.
 
-class Signals:
-    """The master's signals, as bytes in a pipe."""
-
-    def __init__(self):
-        self.fd, self.write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-
-    def listen(self, while_starting):
-        """Called again when the application is loaded: it may have changed all this (asyncio does)."""
-        def handler(number, _):
-            if while_starting and number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-                raise Stopped
-        signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)
-        for number in SIGNALS:
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # they are blocked over the exec of a reload
-
-    def read(self):
-        with contextlib.suppress(BlockingIOError):
-            return os.read(self.fd, 4096)
-        return b''
-
-    def close(self):
-        signal.set_wakeup_fd(-1)
-        os.close(self.fd)
-        os.close(self.write)
+class Stopped(BaseException):
+    """A signal that ends the server came while it was still starting."""
 
 
-@contextlib.contextmanager
-def signals_blocked():
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+def catch_signals(pipe, starting=False):
+    """Called again when the application is loaded, which may have changed all this (asyncio does)."""
+    def handler(number, _):
+        if starting and number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            raise Stopped
+    signal.set_wakeup_fd(pipe, warn_on_full_buffer=False)
+    for number in SIGNALS:
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())      # they are blocked over the exec of a reload
 
 
 def oom_kills():
     """How many processes the kernel has killed for want of memory, see proc(5)."""
     with contextlib.suppress(OSError), open('/proc/vmstat') as file:
         return next((int(line.split()[1]) for line in file if line.startswith('oom_kill ')), 0)
-    return 0
 
 
 def name_process(config, role):
@@ -3832,31 +3799,31 @@ def name_process(config, role):
             file.write((prefix or '') + (name or f'uWSGI {role}') + (config.procname_append or ''))
 
 
-def watch_the_end(threading, mercy, code):
-    """In a thread: say which others keep a process from ending, and end it if they never do."""
-    time.sleep(min(1, mercy / 2))
-    names = [repr(one.name) for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
-    log(f'pid {os.getpid()} has {mercy} s to end, and waits for '
-        + (f'the thread {", ".join(names)}; with daemon=True it would not' if names else 'a function of atexit'))
-    time.sleep(mercy)
-    os._exit(code)
-
-
 def finish_process(mercy, code):
     """The end of a process: its threads and atexit functions, but not the interpreter's own
     dismantling, which would touch, and so copy, every page that is shared with the master."""
     import atexit
     threading = sys.modules.get('threading')
+
+    def watch():
+        """In a thread: say which others keep the process from ending, and end it if they never do."""
+        time.sleep(min(1, mercy / 2))
+        names = [repr(one.name) for one in threading.enumerate() if one is not main_thread and not one.daemon]
+        log(f'pid {os.getpid()} has {mercy} s to end, and waits for '
+            + (f'the thread {", ".join(names)}; with daemon=True it would not' if names else 'a function of atexit'))
+        time.sleep(mercy)
+        os._exit(code)
     if threading:
+        main_thread = threading.main_thread()
         with contextlib.suppress(RuntimeError):         # no memory for a thread: then nobody watches
-            threading.Thread(target=watch_the_end, args=(threading, mercy, code), daemon=True).start()
+            threading.Thread(target=watch, daemon=True).start()
         threading._shutdown()
     atexit._run_exitfuncs()
     flush_streams()
     return code
 
 
-SETTLED = 1.0                           # seconds after which a program counts as ready
+SETTLED = 1.0                           # seconds after which a program of another language counts as ready
 
 
 class Child:
@@ -3864,44 +3831,38 @@ class Child:
 
     def __init__(self, pid, number, born, foreign, hold, rows=None):
         self.pid, self.number, self.born = pid, number, born
+        self.foreign = foreign                          # of another language
         self.hold = hold                                # the end of its lifeline that is ours, see spawn()
-        self.foreign = foreign                          # a program of another language
-        self.told_at, self.killed = math.inf, False
-        self.alarm = 0.0, 0.0                           # when the request began that harakiri is for; when it was told
-        self.old = rows is None                         # from before a reload: we don't see what it does
+        self.told_at, self.killed = math.inf, False     # when it was told to stop
+        self.alarm = 0.0, 0.0                           # harakiri: when the request began, and when it was told
+        self.old = rows is None                         # from before a reload: we can't see what it does
         self.rows = rows or [Row()]
-        first = self.rows[0].numbers
-        first[PID], first[NUMBER] = pid, number
+        self.numbers = self.rows[0].numbers
+        self.numbers[PID], self.numbers[NUMBER] = pid, number
         if self.old:
-            first[READY], first[LEAVING] = 1, 2
+            self.numbers[READY], self.numbers[LEAVING] = 1, 2
+        elif foreign:
+            self.numbers[READY] = born + SETTLED
 
     def __str__(self):
         return f'worker {self.number} (pid {self.pid})'
 
     def must_go(self):
-        return bool(self.rows[0].numbers[LEAVING])
+        return self.numbers[LEAVING] > 0
 
     def send_away(self, why):
         log(f'{self} leaves: {why}')
-        self.rows[0].numbers[LEAVING] = 1
+        self.numbers[LEAVING] = 1
 
     def busy(self):
-        """How many of its cores are serving."""
-        return sum(row.numbers[STARTED] > 0 for row in self.rows)
+        """[(when it began, row)] of its requests. The time is read once: a request may end meanwhile."""
+        return [(began, row) for row in self.rows if (began := row.numbers[STARTED])]
 
-    def is_deaf(self):
-        """Idle, and yet it hasn't noticed that it was told to stop? One of another language can't say."""
-        return not (self.foreign or self.busy() or self.rows[0].numbers[LEAVING] == 2)
-
-    def since(self):
-        """When the oldest of its requests began, inf without one. Each is read once: it may end meanwhile."""
-        return min((began for row in self.rows if (began := row.numbers[STARTED])), default=math.inf)
-
-    def doing(self, before=''):
-        """'GET /path for 41 ms', or '' when it is idle."""
+    def doing(self, before):
+        """'at GET /path for 41 ms', with 'at ' before it; '' when it is idle."""
         now = time.monotonic()
-        busy = [(row.request(), now - began) for row in self.rows if (began := row.numbers[STARTED])]
-        return before * bool(busy) + ', '.join(f'{request} for {took * 1000:.0f} ms' for request, took in busy)
+        requests = [f'{row.request()} for {(now - began) * 1000:.0f} ms' for began, row in self.busy()]
+        return before + ', '.join(requests) if requests else ''
 
     def answered(self):
         return sum(row.numbers[REQUESTS] for row in self.rows)
@@ -3915,29 +3876,26 @@ class Master:
         self.start, self.signals = start, signals
         self.listeners = [one for one in owned if one.protocol in ('uwsgi', 'http')]
         self.stats, self.command = Stats(self), worker_command(config)
-        self.children = {pid: Child(pid, *rest) for pid, *rest in workers}      # those of the image before a reload
+        self.children = {pid: Child(pid, *rest) for pid, *rest in workers}      # at first those from before a reload
         self.all_rows = [[Row() for _ in range(config.threads)] for _ in range(2 * config.processes + 2)]
         self.total = memoryview(mmap.mmap(-1, 4096)).cast('Q')
-        self.now, self.wake = time.monotonic(), math.inf        # when we woke up, and will do so again
+        self.now, self.wake = time.monotonic(), math.inf        # of a turn: when it began, when the next is due
         self.stopping = 0                               # how often we were told to
         self.reload_wanted, self.proof = False, None    # proof: the pid of the child that tries a reload
         self.announced = False
         self.failures, self.not_before = 0, 0.0         # deaths in a row, and the end of the back-off
         self.exit_code, self.oom_kills = 0, oom_kills()
-        self.spawned, self.deaths, self.harakiris = [collections.Counter() for _ in range(3)]   # by number of worker
+        self.spawned, self.deaths, self.harakiris = [collections.Counter() for _ in range(3)]   # by worker's number
         self.cheap = 0 < config.cheaper < config.processes
-        self.wanted = min(max(config.cheaper, config.cheaper_initial), config.processes) if self.cheap \
-            else config.processes                       # how many workers there should be now
+        self.wanted = config.processes                  # how many workers there should be now
+        if self.cheap:
+            self.wanted = min(max(config.cheaper, config.cheaper_initial), config.processes)
         self.calm, self.last_busy, self.last_answered = 0, self.now, 0
         self.touched = config.touch_reload + config.touch_chain_reload
         self.mtimes = list(map(mtime, self.touched))
         self.watchdog = 'WATCHDOG_USEC' in start.environment
         self.next_look = 0.0 if self.touched or self.cheap or self.watchdog or config.log_maxsize or config.idle \
             or self.command and config.reload_on_rss else math.inf
-
-    def serving(self):
-        """The workers that weren't told to stop."""
-        return [child for child in self.children.values() if child.told_at == math.inf]
 
     def run(self):
         """Converge, sleep, and again; the exit code."""
@@ -3949,33 +3907,39 @@ class Master:
             self.converge()
             if self.stopping and not self.children:
                 return self.exit_code
-            poll = select.poll()
-            for fd in (self.signals.fd, *self.stats.sockets):
-                poll.register(fd, select.POLLIN)
-            timeout = None if self.wake == math.inf else max(0, self.wake - time.monotonic()) * 1000
-            woken = poll.poll(timeout)
+            timeout = None if self.wake == math.inf else max(0, self.wake - time.monotonic())
+            woken = select.select([self.signals, *self.stats.sockets], [], [], timeout)[0]
             self.now = time.monotonic()
             self.take_signals()
-            for fd, _ in woken:
-                if fd != self.signals.fd:
-                    self.stats.serve(fd)
+            for fd in set(woken) - {self.signals}:
+                self.stats.serve(fd)
 
     def take_signals(self):
-        for number in self.signals.read():
-            if number == signal.SIGTERM and not self.config.die_on_term:
-                number = signal.SIGHUP
-            if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
-                self.stop(at_once=number == signal.SIGQUIT)
-            elif number == signal.SIGHUP:
-                self.reload_wanted = True
-            elif number == signal.SIGUSR1:
-                reopen_log(self.config)
-                self.tell_all(number)
-            elif number == signal.SIGUSR2 and ready_within(2, select.POLLOUT, 0):       # a full log would hold them
-                self.tell_all(number)
+        with contextlib.suppress(BlockingIOError):
+            for number in os.read(self.signals, 4096):
+                self.on_signal(number)
+
+    def on_signal(self, number):
+        if number == signal.SIGTERM and not self.config.die_on_term:
+            number = signal.SIGHUP
+        if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            self.stop(at_once=number == signal.SIGQUIT)
+        elif number == signal.SIGHUP:
+            self.reload_wanted = True
+        elif number == signal.SIGUSR1:
+            reopen_log(self.config)
+            for child in self.children.values():
+                if child.foreign:                       # it keeps the log that it began with: replace it
+                    child.numbers[LEAVING] = 1
+                else:
+                    os.kill(child.pid, number)
+        elif number == signal.SIGUSR2 and ready_within(2, select.POLLOUT, 0):       # a full log would hold them
+            for child in self.children.values():
+                if not child.foreign:
+                    os.kill(child.pid, number)
 
     def stop(self, at_once=False):
-        """Once: let all workers finish; twice: don't."""
+        """Once: when the requests at hand are finished; twice: at once."""
         self.stopping += 1 + at_once
         busy = ''
         for child in self.children.values():
@@ -3986,22 +3950,12 @@ class Master:
         log('stopping at once' if self.stopping > 1 else 'stopping' + busy)
         self.notify('STOPPING=1')
 
-    def tell_all(self, number):
-        for pid, child in self.children.items():
-            if not child.foreign:
-                os.kill(pid, number)
-            elif number == signal.SIGUSR1:              # it keeps the log that it began with: replace it
-                child.rows[0].numbers[LEAVING] = 1
-
     def notify(self, text):
         """Tell systemd how the server is, see sd_notify(3)."""
         address = self.start.environment.get('NOTIFY_SOCKET')
         if address:
-            try:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
-                    connection.sendto(text.encode(), address.replace('@', '\0', 1))
-            except OSError as error:
-                log(f'NOTIFY_SOCKET: {error.strerror}')
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
+                connection.sendto(text.encode(), address.replace('@', '\0', 1))
 
     # -- one turn of the loop
 
@@ -4014,11 +3968,12 @@ class Master:
             self.replace_workers()
             self.announce()
             # A second reload waits until the first has replaced all, or can't.
-            replacing = any(child.old for child in self.serving())
-            if self.reload_wanted and self.proof is None and not (replacing and self.now >= self.not_before):
+            replacing = any(child.old for child in self.serving()) and self.now >= self.not_before
+            if self.reload_wanted and self.proof is None and not replacing:
                 self.try_reload()
         for child in self.children.values():
-            self.keep_time(child)
+            if not child.killed:
+                self.keep_time(child)
 
     def due(self, when):
         """Is it time? If not, we wake up then, and ask again."""
@@ -4027,8 +3982,11 @@ class Master:
         return when <= self.now
 
     def is_ready(self, child):
-        since = child.rows[0].numbers[READY]
-        return since > 0 and self.due(since)
+        return child.numbers[READY] > 0 and self.due(child.numbers[READY])
+
+    def serving(self):
+        """The workers that weren't told to stop."""
+        return [child for child in self.children.values() if child.told_at == math.inf]
 
     def reap(self):
         """Take note of all children that ended; as pid 1 of a container there are strangers among them."""
@@ -4043,34 +4001,34 @@ class Master:
     def bury(self, child, code, rss):
         """A worker ended: say why if nobody asked it to, and slow down if that comes again and again."""
         os.close(child.hold)
-        ready, doing = self.is_ready(child), child.doing('at ')
-        child.rows[0].numbers[PID] = 0                  # others may have them
+        child.numbers[PID] = 0                          # another may have its rows
         told = child.told_at < math.inf and (self.stopping or code in (0, -signal.SIGTERM, -signal.SIGHUP))
         if child.killed or told:
             return
-        if code and not self.announced and not ready and not any(map(self.is_ready, self.children.values())):
-            # No use in trying again; a supervisor must see it.
-            log(f'the server ends, as no worker got ready: {self.describe_exit(code)}')
-            self.exit_code, self.stopping = EXIT_NO_APP if self.command or code < 0 else code, 2
-            return
-        self.deaths[child.number] += 1
+        ready, doing = self.is_ready(child), child.doing('at ')
         when = doing or ('at what is unknown since the reload' if child.old else
                          'while idle' if ready else 'before it was ready')
-        log(f'{child} died: {self.describe_exit(code)}, {when}, peak rss {rss} MB')
+        log(f'{child} died: {self.cause(code)}, {when}, peak rss {rss} MB')
+        self.deaths[child.number] += 1
         worked = ready if child.foreign else doing or child.answered()
         self.failures = 0 if worked else self.failures + 1
-        if self.failures:
+        if code and not (self.announced or ready or any(map(self.is_ready, self.children.values()))):
+            self.exit_code = EXIT_NO_APP if self.command or code < 0 else code
+            self.stopping = 2                           # no use in trying again; a supervisor must see it
+        elif self.failures:
             seconds = min(30, 0.5 * 2 ** min(self.failures - 1, 6))
             self.not_before = max(self.not_before, self.now + seconds)
             log(f'a new one comes in {seconds:g} s')
 
-    def describe_exit(self, code):
+    def cause(self, code):
         if code >= 0:
             return f'exit status {code}'
+        name = next((one.name for one in signal.Signals if one == -code), f'signal {-code}')
         before, self.oom_kills = self.oom_kills, oom_kills()
-        why = '' if code != -signal.SIGKILL else ', not sent by us' if self.oom_kills == before else \
-            ', by the OOM killer of the kernel: memory is short'
-        return signal.Signals(-code).name + why
+        if code != -signal.SIGKILL:
+            return name
+        memory = self.oom_kills != before
+        return f"{name}, {'by the OOM killer of the kernel: memory is short' if memory else 'not sent by us'}"
 
     def replace_workers(self):
         """Spawn what is missing, and one after the other a successor for each worker that must go."""
@@ -4103,25 +4061,24 @@ class Master:
 
     def keep_time(self, child):
         """Tell a worker to stop, or that its request takes too long; kill the one that doesn't heed it."""
-        config, why = self.config, ''
+        config, why = self.config, 'stopping at once' if self.stopping > 1 else ''
         if child.told_at < math.inf:
             os.kill(child.pid, signal.SIGTERM if self.stopping or child.foreign else signal.SIGHUP)
             self.due(self.now + 0.1)                    # again and again: it may come just before an accept()
-            if self.due(child.told_at + config.worker_reload_mercy):
-                why = f'it had {config.worker_reload_mercy} s to finish'
-            elif self.due(child.told_at + 2) and child.is_deaf():
-                why = 'it is idle, and heeds no signal: did the application set a handler of its own?'
-        began = child.since()
+            heard = child.foreign or child.busy() or child.numbers[LEAVING] == 2
+            mercy = config.worker_reload_mercy if heard else min(2, config.worker_reload_mercy)
+            if self.due(child.told_at + mercy):
+                why = why or f'it had {mercy} s to finish' + (
+                    '' if heard else ', and is idle: did the application set a handler of its own?')
+        began = min((began for began, _ in child.busy()), default=math.inf)
         if config.harakiri and self.due(min(began, self.now) + config.harakiri):
             if began != child.alarm[0]:                 # it has a second to tell where it is
                 os.kill(child.pid, signal.SIGALRM)
                 child.alarm = began, self.now
                 self.harakiris[child.number] += 1
             if self.due(child.alarm[1] + config.harakiri_graceful_timeout):
-                why = f'harakiri = {config.harakiri}'
-        if self.stopping > 1:
-            why = 'stopping at once'
-        if why and not child.killed:
+                why = why or f'harakiri = {config.harakiri}'
+        if why:
             log(f'{child} is killed: {why}' + child.doing(', at '))
             child.killed, child.told_at = True, min(child.told_at, self.now)
             os.kill(child.pid, signal.SIGKILL)
@@ -4129,28 +4086,27 @@ class Master:
     # -- every half second, if an option needs it
 
     def look_round(self):
-        self.next_look = self.now + 0.5
+        config, self.next_look = self.config, self.now + 0.5
         self.due(self.next_look)
         mtimes = list(map(mtime, self.touched))
         if mtimes != self.mtimes:
             self.mtimes, self.reload_wanted = mtimes, True
-        if self.config.log_maxsize:
-            rotate_log(self.config)
+        if config.log_maxsize:
+            rotate_log(config)
         if self.watchdog:
             self.notify('WATCHDOG=1')
-        for child in self.children.values() if self.command and self.config.reload_on_rss else ():
-            rss = memory_of(child.pid)[1] >> 20         # a program doesn't know of it
-            if rss >= self.config.reload_on_rss and not child.must_go():
+        for child in self.serving() if self.command and config.reload_on_rss else ():
+            rss = memory_of(child.pid)[1] >> 20         # a program doesn't look at it
+            if rss >= config.reload_on_rss and not child.must_go():
                 child.send_away(f'reload-on-rss, it has {rss} MB')
         ready = [child for child in self.serving() if self.is_ready(child)]
         if self.cheap and len(ready) >= self.wanted:
-            self.scale(sum(child.busy() == self.config.threads for child in ready), len(ready))
+            self.scale(sum(len(child.busy()) == config.threads for child in ready), len(ready))
         answered = sum(child.answered() for child in ready)
         if answered != self.last_answered or any(child.busy() for child in ready):
             self.last_busy, self.last_answered = self.now, answered
-        elif self.config.idle and self.config.die_on_idle and not self.command \
-                and self.now - self.last_busy > self.config.idle:
-            log(f'idle for {self.config.idle} s')
+        elif config.idle and config.die_on_idle and not self.command and self.now - self.last_busy > config.idle:
+            log(f'idle for {config.idle} s')
             self.stop()
 
     def scale(self, busy, there):
@@ -4168,37 +4124,35 @@ class Master:
         if self.wanted != before:
             log(f'cheaper: {busy} of {there} workers are busy, {waiting} connections wait: {self.wanted} workers')
 
-    # -- the birth and life of a worker
+    # -- a worker's life
 
     def spawn(self, number):
         """fork(), and all that belongs to it. The signals are blocked meanwhile: a signal to the young
         child would otherwise go into the pipe that it still shares with its parent."""
         rows = next((rows for rows in self.all_rows if not rows[0].numbers[PID]), None)
-        if rows is None:                                # many old ones are still finishing
+        if rows is None:                                # so many old ones are still finishing
             return
         for row in rows:
             row.clear()
         flush_streams()
-        pipe, master = (), os.getpid()
-        with signals_blocked():
-            try:
-                pipe = lifeline, hold = os.pipe()
-                pid = os.fork()
-            except OSError as error:                    # too many processes or descriptors, no memory: later, perhaps
-                for fd in pipe:
-                    os.close(fd)
-                log(f'fork: {error.strerror}; the next try comes in 1 s')
-                self.not_before = self.now + 1
-                self.due(self.not_before)
-                return
-            if not pid:
-                self.live_as_worker(number, rows, lifeline, hold, master)
-        os.close(lifeline)
-        if self.command:                                # it can't say when it is ready: when it has lived for a while
-            rows[0].numbers[READY] = self.now + SETTLED
-            self.due(self.now + SETTLED)
-        self.children[pid] = Child(pid, number, self.now, bool(self.command), hold, rows)
-        self.spawned[number] += 1
+        master, pipe, pid = os.getpid(), (), None
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            pipe = lifeline, hold = os.pipe()
+            pid = os.fork()
+        except OSError as error:                        # too many processes or descriptors, no memory: later, perhaps
+            log(f'fork: {error.strerror}; the next try comes in 1 s')
+            self.not_before = self.now + 1
+            self.due(self.not_before)
+        if pid == 0:
+            self.live_as_worker(number, rows, lifeline, hold, master)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        for fd in pipe[:1] if pid else pipe:
+            os.close(fd)
+        if pid:
+            self.children[pid] = child = Child(pid, number, self.now, bool(self.command), hold, rows)
+            self.spawned[number] += 1
+            self.is_ready(child)
 
     def live_as_worker(self, number, rows, lifeline, hold, master):
         """In the child: let go of what is the master's, work, end."""
@@ -4206,8 +4160,8 @@ class Master:
         try:
             for fd in (hold, *(child.hold for child in self.children.values())):
                 os.close(fd)
-            others = [one.socket for one in self.owned if one not in self.listeners]
-            for one in others + list(self.stats.sockets.values()):
+            not_ours = [one.socket for one in self.owned if one not in self.listeners]
+            for one in not_ours + list(self.stats.sockets.values()):
                 one.close()
             self.work(number, rows, lifeline, master)
             status = finish_process(self.config.worker_reload_mercy, 0)
@@ -4219,8 +4173,8 @@ class Master:
             os._exit(status)
 
     def work(self, number, rows, lifeline=None, master=None):
-        """Be a worker until told to stop, of a master or without one."""
-        self.signals.close()
+        """Be a worker until told to stop: of a master, or without one."""
+        signal.set_wakeup_fd(-1)
         name_process(self.config, f'worker {number}')
         if self.command:
             become(self.command, [listener.socket for listener in self.listeners])
@@ -4235,9 +4189,10 @@ class Master:
             fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
             if os.getppid() != master:                  # it died before the lifeline was set
                 sys.exit(1)
-        worker.application = worker.application or load_or_log(self.config)
         if worker.application is None:
-            sys.exit(EXIT_NO_APP)
+            worker.application = load_or_log(self.config)
+            if worker.application is None:
+                sys.exit(EXIT_NO_APP)
         for hook in self.uwsgi.hooks:
             hook()
         worker.handle_signals()                         # the application may have set others meanwhile
@@ -4246,14 +4201,6 @@ class Master:
             log('ready: this process serves, without a master')
             self.start.tell_parent()
         worker.run()
-
-    def serve_alone(self):
-        """Without a master: this process is the worker."""
-        for name in 'harakiri', 'stats', 'touch-reload', 'max-worker-lifetime':
-            if getattr(self.config, name.replace('-', '_')):
-                log(f'{name} needs a master: it does nothing with master = false')
-        self.work(1, self.all_rows[0])
-        return 0
 
     # -- reload
 
@@ -4266,15 +4213,33 @@ class Master:
         self.proof = self.start_python(os.posix_spawn, ['--check'], {}, setsigmask=(), setsigdef=SIGNALS,
                                        file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)])
 
-    def start_python(self, how, more_arguments, more_environment, **options):
+    def after_proof(self, code):
+        """Then the same process with new code. It inherits what we own and our children, see inherited_state()."""
+        self.proof = None
+        if code and not self.stopping:
+            return self.reload_failed('see above; the old code goes on serving')
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
+        self.take_signals()                             # what came before would be lost
+        if not self.stopping and not self.reload_wanted:
+            import json
+            owned = [(one.address, one.protocol, one.inode, one.socket.fileno()) for one in self.owned]
+            workers = [(c.pid, c.number, c.born, c.foreign, c.hold) for c in self.children.values()]
+            for *_, fd in owned + workers:
+                os.set_inheritable(fd, True)
+            self.start_python(os.execve, [], {RELOADED: json.dumps([owned, workers])})
+            for *_, fd in owned + workers:              # we are still here
+                os.set_inheritable(fd, False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    def start_python(self, how, arguments, environment, **options):
         """As we were started, and there. Python itself may be gone, or there may be no memory: that must not end a
         server that works."""
         try:
             here = os.open('.', os.O_RDONLY)
             os.fchdir(self.start.directory)
             try:
-                return how(sys.executable, self.start.command + more_arguments,
-                           {**self.start.environment, **more_environment}, **options)
+                return how(sys.executable, self.start.command + arguments, {**self.start.environment, **environment},
+                           **options)
             finally:
                 os.fchdir(here)
                 os.close(here)
@@ -4284,27 +4249,6 @@ class Master:
     def reload_failed(self, why):
         log(f'reload: failed, {why}')
         self.notify('READY=1\nSTATUS=the last reload failed, the old code is serving')
-
-    def after_proof(self, code):
-        self.proof = None
-        if code and not self.stopping:
-            return self.reload_failed('see above; the old code goes on serving')
-        with signals_blocked():                         # until the new image has its handlers
-            self.take_signals()                         # what came before would be lost
-            if not self.stopping and not self.reload_wanted:
-                self.execute_anew()
-
-    def execute_anew(self):
-        """The same process with new code. It inherits what we own and our children: see inherited_state()."""
-        import json
-        state = ([(one.address, one.protocol, one.inode, one.socket.fileno()) for one in self.owned],
-                 [(c.pid, c.number, c.born, c.foreign, c.hold) for c in self.children.values()])
-        handed = [entry[-1] for entry in sum(state, [])]
-        for fd in handed:
-            os.set_inheritable(fd, True)
-        self.start_python(os.execve, [], {RELOADED: json.dumps(state)})
-        for fd in handed:                               # we are still here
-            os.set_inheritable(fd, False)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4371,12 +4315,9 @@ class Start:
             self.parent = None
 
 
-def curl(_, address, path='/'):
+def curl(address='SOCKET', path='/'):
     """Ask a uwsgi server for a path, and print what it answers."""
     name, _, query = path.partition('?')
-    request = pack_request({
-        'REQUEST_METHOD': 'GET', 'REQUEST_URI': path, 'PATH_INFO': unquote(name), 'QUERY_STRING': query,
-        'SERVER_PROTOCOL': 'HTTP/1.1', 'SERVER_NAME': 'localhost', 'SERVER_PORT': '80', 'HTTP_HOST': 'localhost'})
     host, tcp, port = address.rpartition(':')
     size = 0
     try:
@@ -4387,7 +4328,10 @@ def curl(_, address, path='/'):
             connection.connect('\0' + address[1:] if address[:1] == '@' else address)
         with connection:
             connection.settimeout(60)
-            connection.sendall(request)
+            connection.sendall(pack_request({
+                'REQUEST_METHOD': 'GET', 'REQUEST_URI': path, 'PATH_INFO': unquote(name), 'QUERY_STRING': query,
+                'SERVER_PROTOCOL': 'HTTP/1.1', 'SERVER_NAME': 'localhost', 'SERVER_PORT': '80',
+                'HTTP_HOST': 'localhost'}))
             while data := connection.recv(READ_MAX):
                 size += sys.stdout.buffer.write(data)
         sys.stdout.flush()
@@ -4494,14 +4438,10 @@ class Pidfile:
 
 def activated():
     """{address: descriptor} of the sockets that systemd has bound for us, see sd_listen_fds(3)."""
-    found, environ = {}, os.environ
-    pid, many = environ.pop('LISTEN_PID', ''), environ.pop('LISTEN_FDS', '0')           # not for what we start
+    found, pid, many = {}, os.environ.pop('LISTEN_PID', ''), os.environ.pop('LISTEN_FDS', '0')
     for fd in range(3, 3 + int(many)) if pid == str(os.getpid()) else ():
-        try:
-            with socket.socket(fileno=os.dup(fd)) as listener:
-                name = listener.getsockname()
-        except OSError as error:
-            raise ConfigError(f'LISTEN_FDS: descriptor {fd}: {error.strerror}') from None
+        with socket.socket(fileno=os.dup(fd)) as listener:
+            name = listener.getsockname()
         found[name if type(name) is str else '%s:%d' % name[:2]] = fd
     return found
 
@@ -4544,6 +4484,8 @@ def bind(config, inherited, owned):
 def drop_privileges(config):
     """Become uid and gid, for good, see credentials(7)."""
     import pwd
+    if not (os.getuid() or config.uid):
+        log('warning: the application runs as root, and so does whoever finds a hole in it: set uid and gid')
     uid, gid = owner(f'{config.uid or ""}:{config.gid or ""}')
     if uid in (-1, os.getuid()) and gid in (-1, os.getgid()):
         return
@@ -4580,6 +4522,8 @@ def inherited_state():
 
 def open_logs(config, start, reloaded):
     """Go to the background, open the logs, say who we are."""
+    for name in 'NOTIFY_SOCKET', 'WATCHDOG_USEC':       # not for the application, and what it starts
+        os.environ.pop(name, None)
     if config.log_date is not None:
         log_date[:] = [config.log_date if '%' in config.log_date else '%a %b %d %H:%M:%S %Y']
     if reloaded:                                        # by now it may not be ours to open
@@ -4603,32 +4547,31 @@ def open_logs(config, start, reloaded):
 def start_and_run(config, start, owned):
     """The steps of a start in their order; `owned` gathers what has to be removed at the end. The exit code."""
     reloaded, inherited, workers = inherited_state()
-    for name in 'NOTIFY_SOCKET', 'WATCHDOG_USEC':       # not for the application, and what it starts
-        os.environ.pop(name, None)
     config.pidfile = config.pidfile and os.path.abspath(config.pidfile)         # before chdir, as in uWSGI
     open_logs(config, start, reloaded)
-    signals, uwsgi = Signals(), offer_uwsgi_module(config)
-    signals.listen(while_starting=not reloaded)
-    lazy = config.lazy_apps and (config.master or reloaded)
+    signals, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    catch_signals(wake, starting=not reloaded)          # after a reload there are workers to be stopped in order
+    uwsgi, lazy = offer_uwsgi_module(config), config.lazy_apps and (config.master or reloaded)
     application, code = None, EXIT_CONFIG
     try:
         prepare(config)
         bind(config, inherited, owned)
         drop_privileges(config)
-        if not (os.getuid() or config.uid):
-            log('warning: the application runs as root, and so does whoever finds a hole in it: set uid and gid')
         application = None if lazy else load_or_log(config)
         code = EXIT_NO_APP if application is None and not lazy else 0
     except ConfigError as error:
         log(f'minuwsgi: {error}')
     if code and not reloaded:
         return code
-    signals.listen(while_starting=False)
+    catch_signals(wake)
     master = Master(config, owned, application, start, signals, uwsgi, workers)
     if code:
         master.not_before = math.inf
         master.reload_failed('see above; the old workers go on serving, none can be replaced until the next reload')
-    return master.run() if config.master or reloaded else master.serve_alone()
+    if config.master or reloaded:
+        return master.run()
+    master.work(1, master.all_rows[0])
+    return 0
 
 
 def serve(config, start):
@@ -4643,7 +4586,7 @@ def serve(config, start):
     return finish_process(config.worker_reload_mercy, code)
 
 
-def send_signal(what, name):
+def send_signal(what, name='PIDFILE'):
     """--stop, --reload PIDFILE."""
     import fcntl
     try:
@@ -4661,8 +4604,7 @@ def send_signal(what, name):
 def configure_and_serve(arguments):
     start, config = Start(arguments), Config(arguments)
     if config.show_config:
-        show_config(config)
-        return 0
+        return show_config(config)
     try:
         enter_python(config, start)
     except ConfigError as error:
@@ -4677,21 +4619,18 @@ def configure_and_serve(arguments):
 
 
 def main(arguments):
-    """Run the command line; returns the exit code."""
+    """Run the command line; the exit code."""
     try:
         if not arguments or '--help' in arguments or '-h' in arguments:
             print(usage())
             return 0 if arguments else EXIT_CONFIG
         if '--version' in arguments:
-            print(__version__)
-        elif arguments[0] in ('--curl', '--stop', '--reload'):
-            command, what = (curl, 'socket') if arguments[0] == '--curl' else (send_signal, 'pidfile')
-            if len(arguments) < 2:
-                raise ConfigError(f'{arguments[0]} {what.upper()}: which {what}?')
-            command(*arguments)
-        else:
-            return configure_and_serve(arguments)
-        return 0
+            return print(__version__)
+        if arguments[0] == '--curl':
+            return curl(*arguments[1:3])
+        if arguments[0] in ('--stop', '--reload'):
+            return send_signal(*arguments[:2])
+        return configure_and_serve(arguments)
     except ConfigError as error:
         log(f'minuwsgi: {error}')
         return EXIT_CONFIG

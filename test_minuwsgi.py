@@ -5788,7 +5788,7 @@ class TestMessages:
             assert run(tmp, '--curl', 'c') == (1, 'minuwsgi: --curl c: the connection was closed without an answer\n')
 
     def test_a_command_without_its_file_asks_for_it(self, tmp):
-        assert run(tmp, '--stop') == (1, 'minuwsgi: --stop PIDFILE: which pidfile?\n')
+        assert run(tmp, '--stop') == (1, 'minuwsgi: --stop PIDFILE: No such file or directory\n')
         assert "what is 'hello'?" in run(tmp, 'hello')[1]
 
 
