@@ -3675,6 +3675,8 @@ class Stats:
             with client:
                 client.settimeout(0.5)                  # a slow one must not hold the master
                 client.sendall(answer)
+        except KeyError:                                # it has just made way
+            pass
         except OSError:
             time.sleep(0.01)                            # perhaps no descriptor is left, and it stays readable
 
@@ -3742,8 +3744,6 @@ def offer_uwsgi_module(config):
         'opt': {setting.name: os.fsencode(setting.value) for setting in config.settings},
         'masterpid': lambda: master if config.master else 0, 'mule_id': lambda: 0,
         'worker_id': lambda: module.worker.number if module.worker else 0,
-        'request_id': lambda: int(module.worker.rows[0].numbers[REQUESTS]) + 1,
-        'total_requests': lambda: module.worker.total[0],
         'set_user_harakiri': lambda seconds: module.worker.set_alarm(seconds),
         'reload': lambda: os.kill(master, signal.SIGHUP) or True,
         'stop': lambda: os.kill(master, signal.SIGTERM) or True, 'log': lambda message: log(message) or True})
@@ -3829,11 +3829,11 @@ SETTLED = 1.0                           # seconds after which a program of anoth
 class Child:
     """A worker as the master sees it: it starts, is ready, is told to stop, perhaps killed."""
 
-    def __init__(self, pid, number, born, foreign, hold, rows=None):
+    def __init__(self, pid, number, born, foreign, told_at, hold, rows=None):
         self.pid, self.number, self.born = pid, number, born
         self.foreign = foreign                          # of another language
+        self.told_at, self.killed = told_at, False      # when it was told to stop, or inf
         self.hold = hold                                # the end of its lifeline that is ours, see spawn()
-        self.told_at, self.killed = math.inf, False     # when it was told to stop
         self.alarm = 0.0, 0.0                           # harakiri: when the request began, and when it was told
         self.old = rows is None                         # from before a reload: we can't see what it does
         self.rows = rows or [Row()]
@@ -3893,9 +3893,9 @@ class Master:
         self.calm, self.last_busy, self.last_answered = 0, self.now, 0
         self.touched = config.touch_reload + config.touch_chain_reload
         self.mtimes = list(map(mtime, self.touched))
-        self.watchdog = 'WATCHDOG_USEC' in start.environment
-        self.next_look = 0.0 if self.touched or self.cheap or self.watchdog or config.log_maxsize or config.idle \
-            or self.command and config.reload_on_rss else math.inf
+        looks = self.touched or self.cheap or config.log_maxsize or config.idle \
+            or self.command and config.reload_on_rss or 'WATCHDOG_USEC' in start.environment
+        self.next_look = 0.0 if looks else math.inf
 
     def run(self):
         """Converge, sleep, and again; the exit code."""
@@ -3926,17 +3926,16 @@ class Master:
             self.stop(at_once=number == signal.SIGQUIT)
         elif number == signal.SIGHUP:
             self.reload_wanted = True
-        elif number == signal.SIGUSR1:
-            reopen_log(self.config)
-            for child in self.children.values():
-                if child.foreign:                       # it keeps the log that it began with: replace it
-                    child.numbers[LEAVING] = 1
-                else:
-                    os.kill(child.pid, number)
-        elif number == signal.SIGUSR2 and ready_within(2, select.POLLOUT, 0):       # a full log would hold them
+        elif number in (signal.SIGUSR1, signal.SIGUSR2):
+            if number == signal.SIGUSR1:
+                reopen_log(self.config)
+            elif not ready_within(2, select.POLLOUT, 0):        # it is full, and would hold the workers
+                return
             for child in self.children.values():
                 if not child.foreign:
                     os.kill(child.pid, number)
+                elif number == signal.SIGUSR1:          # it keeps the log that it began with: replace it
+                    child.numbers[LEAVING] = 1
 
     def stop(self, at_once=False):
         """Once: when the requests at hand are finished; twice: at once."""
@@ -4025,14 +4024,13 @@ class Master:
             return f'exit status {code}'
         name = next((one.name for one in signal.Signals if one == -code), f'signal {-code}')
         before, self.oom_kills = self.oom_kills, oom_kills()
-        if code != -signal.SIGKILL:
-            return name
-        memory = self.oom_kills != before
-        return f"{name}, {'by the OOM killer of the kernel: memory is short' if memory else 'not sent by us'}"
+        by = 'not sent by us' if self.oom_kills == before else 'by the OOM killer of the kernel: memory is short'
+        return f'{name}, {by}' if code == -signal.SIGKILL else name
 
     def replace_workers(self):
         """Spawn what is missing, and one after the other a successor for each worker that must go."""
-        places, quiet = collections.defaultdict(list), all(map(self.is_ready, self.children.values()))
+        quiet = self.not_before < math.inf and all(map(self.is_ready, self.children.values()))
+        places = collections.defaultdict(list)
         for child in self.serving():
             places[child.number].append(child)
             lifetime = self.config.max_worker_lifetime
@@ -4093,8 +4091,7 @@ class Master:
             self.mtimes, self.reload_wanted = mtimes, True
         if config.log_maxsize:
             rotate_log(config)
-        if self.watchdog:
-            self.notify('WATCHDOG=1')
+        self.notify('WATCHDOG=1')
         for child in self.serving() if self.command and config.reload_on_rss else ():
             rss = memory_of(child.pid)[1] >> 20         # a program doesn't look at it
             if rss >= config.reload_on_rss and not child.must_go():
@@ -4150,20 +4147,24 @@ class Master:
         for fd in pipe[:1] if pid else pipe:
             os.close(fd)
         if pid:
-            self.children[pid] = child = Child(pid, number, self.now, bool(self.command), hold, rows)
+            self.children[pid] = child = Child(pid, number, self.now, bool(self.command), math.inf, hold, rows)
             self.spawned[number] += 1
-            self.is_ready(child)
+            self.is_ready(child)                        # or asked again when it is
 
     def live_as_worker(self, number, rows, lifeline, hold, master):
         """In the child: let go of what is the master's, work, end."""
         status = 1
         try:
+            import fcntl
             for fd in (hold, *(child.hold for child in self.children.values())):
                 os.close(fd)
             not_ours = [one.socket for one in self.owned if one not in self.listeners]
             for one in not_ours + list(self.stats.sockets.values()):
                 one.close()
-            self.work(number, rows, lifeline, master)
+            fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+            fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+            if os.getppid() == master:                  # else it died before the lifeline was set
+                self.work(number, rows, master)
             status = finish_process(self.config.worker_reload_mercy, 0)
         except SystemExit as error:
             status = error.code if type(error.code) is int else 1
@@ -4172,7 +4173,7 @@ class Master:
         finally:
             os._exit(status)
 
-    def work(self, number, rows, lifeline=None, master=None):
+    def work(self, number, rows, master=None):
         """Be a worker until told to stop: of a master, or without one."""
         signal.set_wakeup_fd(-1)
         name_process(self.config, f'worker {number}')
@@ -4183,12 +4184,6 @@ class Master:
         worker.all_rows, self.uwsgi.worker = self.all_rows, worker
         rows[0].numbers[PID], rows[0].numbers[NUMBER] = os.getpid(), number
         worker.handle_signals()
-        if master:
-            import fcntl
-            fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
-            fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
-            if os.getppid() != master:                  # it died before the lifeline was set
-                sys.exit(1)
         if worker.application is None:
             worker.application = load_or_log(self.config)
             if worker.application is None:
@@ -4223,7 +4218,7 @@ class Master:
         if not self.stopping and not self.reload_wanted:
             import json
             owned = [(one.address, one.protocol, one.inode, one.socket.fileno()) for one in self.owned]
-            workers = [(c.pid, c.number, c.born, c.foreign, c.hold) for c in self.children.values()]
+            workers = [(c.pid, c.number, c.born, c.foreign, c.told_at, c.hold) for c in self.children.values()]
             for *_, fd in owned + workers:
                 os.set_inheritable(fd, True)
             self.start_python(os.execve, [], {RELOADED: json.dumps([owned, workers])})
@@ -4349,14 +4344,12 @@ def prepare(config):
     for item in config.env:
         name, _, value = item.partition('=')
         os.environ[name.strip()] = value.strip()
-    for name, kind, limit in (('max-fd', resource.RLIMIT_NOFILE, config.max_fd),
-                              ('limit-as', resource.RLIMIT_AS, config.limit_as << 20)):
+    for kind, limit in (resource.RLIMIT_NOFILE, config.max_fd), (resource.RLIMIT_AS, config.limit_as << 20):
         hard = resource.getrlimit(kind)[1]
         try:
-            if limit:
-                resource.setrlimit(kind, (limit, hard if hard < 0 else max(limit, hard)))
+            resource.setrlimit(kind, (limit, hard if hard < 0 else max(limit, hard))) if limit else None
         except (OSError, ValueError) as error:
-            log(f'{name}: {error}')
+            log(f'max-fd, limit-as: {error}')
     if config.chdir:
         try:
             os.chdir(config.chdir)
@@ -4449,36 +4442,29 @@ def activated():
 def bind(config, inherited, owned):
     """Fill `owned` with what the options name, listeners and the pidfile; inherited: [(address, protocol, inode,
     descriptor)] of what was owned before a reload."""
-    def own(address, protocol, inode=None, fd=None):
-        owned.append((Pidfile if protocol == 'pidfile' else Listener)(address, protocol, config, fd, inode))
-    for entry in inherited:                             # all of them first, so that none is lost if something fails
-        own(*entry)
-    kept, given, wanted = {(one.address, one.protocol): one for one in owned}, activated(), {}
-    for protocol, addresses in ((config.protocol, config.socket), ('uwsgi', config.uwsgi_socket),
-                                ('http', config.http_socket)):
-        for address in addresses:
-            wanted[address, protocol] = given.pop('0.0.0.0' + address if address[:1] == ':' else address, None)
-    wanted.update({(f'fd://{fd}', config.protocol): fd for fd in given.values()})       # systemd alone names them
-    if not wanted:
+    names = [(address, protocol) for protocol, addresses in (
+        (config.protocol, config.socket), ('uwsgi', config.uwsgi_socket), ('http', config.http_socket),
+        ('stats', [config.master and config.stats]), ('pidfile', [config.pidfile])) for address in addresses if address]
+    given = activated()
+    wanted = {(address, protocol): (None, given.pop('0.0.0.0' + address if address[:1] == ':' else address, None))
+              for address, protocol in names}
+    wanted.update({(f'fd://{fd}', config.protocol): (None, fd) for fd in given.values()})       # only systemd names it
+    before = {(address, protocol): rest for address, protocol, *rest in inherited}
+    for (address, protocol), (inode, fd) in {**before, **wanted, **before}.items():     # first what must not get lost
+        try:
+            owned.append((Pidfile if protocol == 'pidfile' else Listener)(address, protocol, config, fd, inode))
+        except ConfigError as error:
+            raise ConfigError(f'{config.where(address)}{error}') from None
+    for one in [one for one in owned if (one.address, one.protocol) not in wanted]:
+        one.vacuum()
+        one.socket.close()
+        owned.remove(one)
+    if not any(one.protocol in ('uwsgi', 'http') for one in owned):
         raise ConfigError(NO_SOCKET)
-    if config.stats and config.master:
-        wanted[config.stats, 'stats'] = None
-    if config.pidfile:
-        wanted[config.pidfile, 'pidfile'] = None
-    for (address, protocol), fd in wanted.items():
-        if (address, protocol) not in kept:
-            try:
-                own(address, protocol, fd=fd)
-            except ConfigError as error:
-                raise ConfigError(f'{config.where(address)}{error}') from None
-    for key in kept.keys() - wanted.keys():             # the new configuration has it no more
-        kept[key].vacuum()
-        kept[key].socket.close()
-        owned.remove(kept[key])
+    log('listening on ' + ', '.join(f'{one.name} ({one.protocol})' for one in owned if one.protocol != 'pidfile'))
     if config.listen > LISTEN_MAX:
         log(f'listen = {config.listen}: the kernel allows {LISTEN_MAX}; '
             f'for more: sysctl net.core.somaxconn={config.listen}')
-    log('listening on ' + ', '.join(f'{one.name} ({one.protocol})' for one in owned if one.protocol != 'pidfile'))
 
 
 def drop_privileges(config):
