@@ -4495,7 +4495,7 @@ def drop_privileges(config):
 
 
 def inherited_state():
-    """(were we reloaded, what the image before owned, its workers), see Master.execute_anew()."""
+    """(were we reloaded, what the image before owned, its workers), see Master.after_proof()."""
     text = os.environ.pop(RELOADED, None)
     if text is None:
         return False, [], []
