@@ -3670,13 +3670,13 @@ class Stats:
                     return
                 answer = self.json()
             else:
-                client = self.sockets.pop(fd)
+                client = self.sockets.pop(fd, None)
+                if client is None:                      # it has just made way
+                    return
                 answer = self.over_http(client.recv(4096).split(b' ')[1:2])
             with client:
                 client.settimeout(0.5)                  # a slow one must not hold the master
                 client.sendall(answer)
-        except KeyError:                                # it has just made way
-            pass
         except OSError:
             time.sleep(0.01)                            # perhaps no descriptor is left, and it stays readable
 
@@ -4347,7 +4347,8 @@ def prepare(config):
     for kind, limit in (resource.RLIMIT_NOFILE, config.max_fd), (resource.RLIMIT_AS, config.limit_as << 20):
         hard = resource.getrlimit(kind)[1]
         try:
-            resource.setrlimit(kind, (limit, hard if hard < 0 else max(limit, hard))) if limit else None
+            if limit:
+                resource.setrlimit(kind, (limit, hard if hard < 0 else max(limit, hard)))
         except (OSError, ValueError) as error:
             log(f'max-fd, limit-as: {error}')
     if config.chdir:
