@@ -2537,13 +2537,6 @@ class Row:
     def clear(self):
         self.numbers[:] = memoryview(bytes(64)).cast('d')
 
-    def as_worker(self):
-        """For uwsgi.workers()."""
-        requests, busy = int(self.numbers[REQUESTS]), int(self.numbers[BUSY] * 1e6)
-        return {'id': int(self.numbers[NUMBER]), 'pid': int(self.numbers[PID]), 'requests': requests,
-                'exceptions': int(self.numbers[ERRORS]), 'status': b'busy' if self.numbers[STARTED] else b'idle',
-                'running_time': busy, 'avg_rt': busy // requests if requests else 0}
-
 
 class Connection:
     """A client's connection over HTTP, between and during its requests."""
@@ -3287,7 +3280,30 @@ def check_command(command, config):
     return command
 
 
-def find_callable(module, attribute, spec):
+def import_module(name):
+    import importlib
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and name.split('.')[0] == error.name.split('.')[0]:
+            raise AppError(f'there is no module {error.name!r} in {sys.path[:3]} … (working directory '
+                           f'{os.getcwd()}, Python {sys.executable}); see chdir, pythonpath, virtualenv') from None
+        raise
+
+
+def import_file(name):
+    from importlib import machinery, util
+    file = os.path.abspath(name)
+    if not os.path.isfile(file):
+        raise AppError(f'there is no file {file}')
+    stem = os.path.basename(file).rpartition('.')[0]
+    loader = machinery.SourceFileLoader('wsgi_file_' + ''.join(c if c.isalnum() else '_' for c in stem), file)
+    module = sys.modules[loader.name] = util.module_from_spec(util.spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
+
+
+def find_callable(module, attribute, where):
     """The application in a module: name, a.b, or factory()."""
     found, name = module, attribute[:-2] if attribute.endswith('()') else attribute
     try:
@@ -3296,64 +3312,37 @@ def find_callable(module, attribute, spec):
     except AttributeError:
         there = [n for n in ('application', 'app', 'create_app') if hasattr(module, n)]
         hint = f'; it has {there[0]!r}: set callable = {there[0]}' if there else ''
-        raise AppError(f'{spec.partition(":")[0]} has no {name!r}{hint}') from None
+        raise AppError(f'{where} has no {name!r}{hint}') from None
     found = found() if name != attribute else found
     if not callable(found):
-        raise AppError(f'{spec.partition(":")[0]}: {name!r} is {found!r}, and no WSGI application')
+        raise AppError(f'{where}: {name!r} is {found!r}, and no WSGI application')
     return found
 
 
-def import_module(module):
-    import importlib
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name and module.split('.')[0] == error.name.split('.')[0]:
-            raise AppError(f'there is no module {error.name!r} in {sys.path[:3]} … (working directory '
-                           f'{os.getcwd()}, Python {sys.executable}); see chdir, pythonpath, virtualenv') from None
-        raise
-
-
-def load_module(spec, name):
-    module, _, attribute = spec.partition(':')
-    if not module or '/' in module or module.endswith('.py'):
+def load(spec, attribute, is_file):
+    """The application of `module`, `module:attribute` or of a file."""
+    if is_file:
+        return find_callable(import_file(spec), attribute, spec)
+    name, _, its_own = spec.partition(':')
+    if not name or '/' in name or name.endswith('.py'):
         raise AppError(f'{spec!r} is no module; for a file: wsgi-file = FILE')
-    return find_callable(import_module(module), attribute or name, spec)
+    return find_callable(import_module(name), its_own or attribute, name)
 
 
-def load_file(name, attribute):
-    import importlib.machinery
-    import importlib.util
-    file = os.path.abspath(name)
-    if not os.path.isfile(file):
-        raise AppError(f'there is no file {file}')
-    module = 'wsgi_file_' + ''.join(c if c.isalnum() else '_' for c in os.path.basename(file).rpartition('.')[0])
-    spec = importlib.util.spec_from_loader(module, importlib.machinery.SourceFileLoader(module, file))
-    found = sys.modules[module] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return find_callable(found, attribute, name)
+def nothing_mounted(environ, start_response):
+    return in_words(start_response, '404 Not Found', 'no application is mounted here')
 
 
-def load_spec(spec, config):
-    return (load_file if spec.endswith(('.py', '.wsgi')) else load_module)(spec, config.callable)
-
-
-def mounted(mounts, default, manage):
-    """A WSGI application that passes each request on to the one mounted at its SCRIPT_NAME."""
+def mounted(mounts, manage):
+    """A WSGI application that passes each request on to the one mounted at its SCRIPT_NAME, or at ''."""
     prefixes = sorted(mounts, key=len, reverse=True)
 
     def application(environ, start_response):
-        script, path = environ['SCRIPT_NAME'], environ['PATH_INFO']
-        if manage:
-            for prefix in prefixes:
-                if path == prefix or path.startswith(prefix + '/'):
-                    environ['SCRIPT_NAME'], environ['PATH_INFO'] = script, _ = prefix, path[len(prefix):]
-                    break
-        found = mounts.get(script.rstrip('/'), default)
-        if found is not None:
-            return found(environ, start_response)
-        start_response('404 Not Found', [('Content-Type', 'text/plain'), ('Content-Length', '27')])
-        return [b'no application is mounted.\n']
+        script, path = environ['SCRIPT_NAME'].rstrip('/'), environ['PATH_INFO']
+        prefix = next((prefix for prefix in prefixes if f'{path}/'.startswith(prefix + '/')), '')
+        if manage and prefix:
+            environ['SCRIPT_NAME'], environ['PATH_INFO'] = script, _ = prefix, path[len(prefix):]
+        return mounts.get(script, mounts[''])(environ, start_response)
     return application
 
 
@@ -3364,20 +3353,19 @@ def load_application(config):
         return check_command(command, config)
     for name in getattr(config, 'import'):
         import_module(name)
-    mounts = {}
+    mounts, application = {}, None
     for mount in config.mount:
         prefix, _, spec = mount.partition('=')
-        mounts[prefix.rstrip('/')] = load_spec(spec, config)
-    default = None
-    if config.module:
-        default = load_module(config.module, config.callable)
-    elif config.wsgi_file:
-        default = load_file(config.wsgi_file, config.callable)
+        mounts[prefix.rstrip('/')] = load(spec, config.callable, spec.endswith(('.py', '.wsgi')))
+    if config.module or config.wsgi_file:
+        application = load(config.module or config.wsgi_file, config.callable, not config.module)
     if config.cgi:
-        default = cgi_application(config, default)
-    if default is None and not mounts:
+        application = cgi_application(config, application)
+    if mounts:
+        mounts.setdefault('', nothing_mounted if application is None else application)
+        application = mounted(mounts, config.manage_script_name)
+    if application is None:
         raise AppError('no application is named: set module = package.module:callable or wsgi-file = FILE')
-    application = mounted(mounts, mounts.pop('', default), config.manage_script_name) if mounts else default
     if config.chdir2:
         try:
             os.chdir(config.chdir2)
@@ -3386,74 +3374,58 @@ def load_application(config):
     return with_static_files(config, application)
 
 
-class Stopped(BaseException):
-    """A signal that ends the server came while it was still starting."""
-
-
 def load_or_log(config):
     """The application, or None after its traceback was logged."""
     try:
         return load_application(config)
     except AppError as error:
         log(f'minuwsgi: {config.where(config.module or config.wsgi_file)}{error}')
-    except Stopped:
-        raise
-    except BaseException:
+    except (Exception, SystemExit):
         log_exception('minuwsgi: the application failed to load')
-    return None
-
-
-def offer_uwsgi_module(config):
-    """`import uwsgi` and `from uwsgidecorators import postfork`, for applications that have them in their
-    code: the part of uWSGI's Python module that makes sense here. A list, for become_worker(), of the
-    functions to call after the fork."""
-    import types
-    module, decorators, hooks = types.ModuleType('uwsgi'), types.ModuleType('uwsgidecorators'), []
-    master = os.getpid()
-    vars(module).update({
-        'version': __version__.encode(), 'version_info': tuple(map(int, __version__.split('.'))), 'worker': None,
-        'hostname': os.uname().nodename.encode(), 'numproc': config.processes, 'cores': config.threads,
-        'has_threads': True, 'started_on': int(time.time()), 'applications': {},
-        'opt': {setting.name: os.fsencode(setting.value) for setting in config.settings},
-        'masterpid': lambda: master if config.master else 0,
-        'worker_id': lambda: module.worker.number if module.worker else 0, 'mule_id': lambda: 0,
-        'request_id': lambda: int(module.worker.rows[0].numbers[REQUESTS]) + 1,
-        'total_requests': lambda: module.worker.total[0],
-        'workers': lambda: tuple(row.as_worker() for row in module.worker.all_rows if row.numbers[PID]),
-        'reload': lambda: os.kill(master, signal.SIGHUP) or True,
-        'stop': lambda: os.kill(master, signal.SIGTERM) or True,
-        'log': lambda message: log(message) or True, 'ready': lambda: True,
-        'set_user_harakiri': lambda seconds: module.worker.set_alarm(seconds),
-        'setprocname': lambda name: None, 'accepting': lambda: None})
-    decorators.postfork = lambda function: hooks.append(function) or function
-    sys.modules.update(uwsgi=module, uwsgidecorators=decorators)
-    return hooks
 
 
 def look_before_fork():
     """Warn of what an application did while it was loaded and that doesn't survive, or bear, a fork."""
-    threading = sys.modules.get('threading')
+    done, threading = [], sys.modules.get('threading')
     for thread in threading.enumerate() if threading else ():
         if thread is not threading.main_thread():
-            log(f'warning: the application started the thread {thread.name!r} while it was loaded: workers do not have '
-                'it. Start it in each worker (os.register_at_fork(after_in_child=...)), or set lazy-apps = true')
+            done.append(f'started the thread {thread.name!r}, which the workers do not have')
     for fd in range(3, 256):
-        try:
-            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-                continue
-            with socket.socket(fileno=os.dup(fd)) as connection:
-                peer = connection.getpeername()
-        except OSError:                                 # there is no such descriptor, or it isn't connected
-            continue
-        log(f'warning: the application opened a connection to {peer} while it was loaded: all workers would share it. '
-            'Close it in each worker (os.register_at_fork(after_in_child=...)), or set lazy-apps = true')
+        with contextlib.suppress(OSError):              # there is no such descriptor, or it isn't connected
+            if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                with socket.socket(fileno=os.dup(fd)) as connection:
+                    done.append(f'opened a connection to {connection.getpeername()}, which all workers would share')
+    for what in done:
+        log(f'warning: while it was loaded, the application {what}: do it in each worker '
+            '(os.register_at_fork(after_in_child=...)), or set lazy-apps = true')
 
 
 # ---------------------------------------------------------------------------------------------
 # 12. Statistics
 #
-# The master answers, out of the scoreboard and the kernel's numbers, so that it does even when all
-# workers are busy. uWSGI's tools read it, since it has uWSGI's names. No variables of requests are in it.
+# The rows of the scoreboard tell what each worker does. From them, and the kernel's numbers, the
+# master answers who asks (so it does even when all workers are busy), and each worker answers its
+# application. Both have uWSGI's names, for tools that know it. No variables of requests are in it.
+
+NEVER = dict.fromkeys(('static_requests', 'routed_requests', 'offloaded_requests', 'write_errors', 'read_errors'), 0)
+
+
+def describe(rows):
+    """The state of a worker; rows: one for each of its cores."""
+    first = rows[0].numbers
+    requests, errors, busy = (sum(row.numbers[what] for row in rows) for what in (REQUESTS, ERRORS, BUSY))
+    counts = {'requests': int(requests), 'exceptions': int(errors)}
+    serving = sum(row.numbers[STARTED] > 0 for row in rows)
+    vsz, rss = memory_of(int(first[PID]))
+    return {'id': int(first[NUMBER]), 'pid': int(first[PID]), **counts, 'delta_requests': int(requests),
+            'accepting': int(0 < first[READY] <= time.monotonic() and not first[LEAVING]),
+            'status': 'busy' if serving else 'idle', 'serving': serving, 'vsz': vsz, 'rss': rss,
+            'running_time': int(busy * 1e6), 'avg_rt': int(busy * 1e6 / max(1, requests)),
+            'signals': 0, 'signal_queue': 0, 'tx': 0,
+            'apps': [{'id': 0, 'modifier1': 0, 'mountpoint': '', 'startup_time': 0, 'chdir': '', **counts}],
+            'cores': [{'id': i, 'requests': int(row.numbers[REQUESTS]), 'in_request': int(row.numbers[STARTED] > 0),
+                       'vars': [], 'req_info': {}, **NEVER} for i, row in enumerate(rows)]}
+
 
 def queue(listener):
     """(connections that wait, how many may) of a listening socket: tcp(7) TCP_INFO, sock_diag(7)."""
@@ -3478,35 +3450,26 @@ class Stats:
     stats-http GET / (JSON), /metrics (Prometheus) and /health."""
 
     def __init__(self, master):
-        self.master, self.asking = master, {}           # descriptor -> socket of a client that asks over HTTP
-        self.listener = Listener(master.config.stats, 'stats', master.config)
-        self.listener.socket.setblocking(False)
-
-    def descriptors(self):
-        return [self.listener.socket.fileno(), *self.asking]
-
-    def vacuum(self):
-        self.listener.vacuum()
-
-    def close(self):
-        self.listener.socket.close()
+        self.master = master
+        self.sockets = {one.socket.fileno(): one.socket for one in master.owned if one.protocol == 'stats'}
+        self.listening = set(self.sockets)              # the others are clients that are to ask over HTTP
 
     def serve(self, fd):
-        """Something can be read from one of our descriptors."""
+        """Something can be read from one of our sockets."""
         try:
-            if fd == self.listener.socket.fileno():
-                client, _ = self.listener.socket.accept()
-                client.setblocking(False)
+            if fd in self.listening:
+                client, _ = self.sockets[fd].accept()
                 if self.master.config.stats_http:
-                    self.asking[client.fileno()] = client
-                    if len(self.asking) > 64:           # silent ones make way
-                        self.asking.pop(next(iter(self.asking))).close()
+                    self.sockets[client.fileno()] = client
+                    if len(self.sockets) > 64:          # silent ones make way
+                        self.sockets.pop(list(self.sockets)[1]).close()
                     return
                 answer = self.json()
             else:
-                client = self.asking.pop(fd)
-                path = client.recv(4096).split(b' ')[1:2]
-                answer = self.over_http(path[0].decode('latin-1') if path else '')
+                client = self.sockets.pop(fd, None)
+                if client is None:                      # it has just made way
+                    return
+                answer = self.over_http(client.recv(4096).split(b' ')[1:2])
             with client:
                 client.settimeout(0.5)                  # a slow one must not hold the master
                 client.sendall(answer)
@@ -3514,84 +3477,85 @@ class Stats:
             time.sleep(0.01)                            # perhaps no descriptor is left, and it stays readable
 
     def over_http(self, path):
-        status, kind, body = '200 OK', 'application/json', b''
-        if path == '/health':
-            status, kind, body = self.health()
-        elif path == '/metrics':
-            kind, body = 'text/plain; version=0.0.4', self.metrics()
-        else:
-            body = self.json()
+        status, kind, body = '200 OK', 'text/plain; version=0.0.4', b'ok\n'
+        if path == [b'/metrics']:
+            body = self.metrics()
+        elif path != [b'/health']:
+            kind, body = 'application/json', self.json()
+        elif self.is_stuck():
+            status, body = '503 Service Unavailable', b'all workers are busy, for a long time\n'
         return (f'HTTP/1.0 {status}\r\nConnection: close\r\nAccess-Control-Allow-Origin: *\r\n'
                 f'Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n').encode() + body
 
-    def health(self):
-        """Is there a worker that is idle, or got its request not long ago?"""
-        now, limit = time.monotonic(), self.master.config.harakiri or 30
-        workers = [child for child in self.master.children.values() if child.is_ready()]
-        busy = [child for child in workers if len(child.busy()) == self.master.config.threads
-                and all(now - row.numbers[STARTED] > limit for row in child.busy())]
-        if len(busy) < len(workers):
-            return '200 OK', 'text/plain', b'ok\n'
-        text = f'all {len(workers)} workers are busy for more than {limit} s\n'
-        return '503 Service Unavailable', 'text/plain', text.encode()
+    def is_stuck(self):
+        """Is there no worker with a core that is idle, or got its request not long ago?"""
+        long_ago = time.monotonic() - (self.master.config.harakiri or 30)
+        ready = [child.rows for child in self.master.children.values() if child.rows[0].numbers[READY]]
+        return all(0 < row.numbers[STARTED] < long_ago for rows in ready for row in rows)
 
-    def worker(self, child):
-        numbers = [row.numbers for row in child.rows or ()]
-        total = {name: sum(row[i] for row in numbers) for name, i in
-                 (('requests', REQUESTS), ('errors', ERRORS), ('busy', BUSY))}
-        vsz, rss = memory_of(child.pid)
-        requests = int(total['requests'])
-        status = 'busy' if child.busy() else 'idle'
-        return {'id': child.number, 'pid': child.pid, 'accepting': int(child.is_ready() and not child.stop_with),
-                'requests': requests, 'delta_requests': requests, 'exceptions': int(total['errors']),
-                'harakiri_count': 0, 'signals': 0, 'signal_queue': 0, 'status': status, 'rss': rss, 'vsz': vsz,
-                'running_time': int(total['busy'] * 1e6),
-                'last_spawn': int(time.time() - time.monotonic() + child.born),
-                'respawn_count': 1, 'tx': 0,
-                'avg_rt': int(total['busy'] * 1e6 / requests) if requests else 0,
-                'apps': [{'id': 0, 'modifier1': 0, 'mountpoint': '', 'startup_time': 0, 'requests': requests,
-                          'exceptions': int(total['errors']), 'chdir': ''}],
-                'cores': [{'id': i, 'requests': int(row[REQUESTS]), 'static_requests': 0, 'routed_requests': 0,
-                           'offloaded_requests': 0, 'write_errors': 0, 'read_errors': 0,
-                           'in_request': int(row[STARTED] > 0), 'vars': [], 'req_info': {}}
-                          for i, row in enumerate(numbers)]}
+    def workers(self):
+        """What describe() tells of each, and what only the master knows."""
+        master, start = self.master, time.time() - time.monotonic()
+        for child in sorted(master.children.values(), key=lambda child: (child.number, child.born)):
+            yield {**describe(child.rows), 'last_spawn': int(start + child.born),
+                   'respawn_count': master.spawned[child.number], 'deaths': master.deaths[child.number],
+                   'harakiri_count': master.harakiris[child.number]}
 
     def json(self):
         import json
-        queues = [queue(listener) for listener in self.master.listeners]
+        queues = [(listener, *queue(listener)) for listener in self.master.listeners]
+        waiting = sum(waiting for _, waiting, _ in queues)
         return json.dumps({
-            'version': __version__, 'listen_queue': sum(waiting for waiting, _ in queues), 'listen_queue_errors': 0,
-            'signal_queue': 0, 'load': sum(waiting for waiting, _ in queues), 'pid': os.getpid(), 'uid': os.getuid(),
-            'gid': os.getgid(), 'cwd': os.getcwd(), 'locks': [],
+            'version': __version__, 'pid': os.getpid(), 'uid': os.getuid(), 'gid': os.getgid(), 'cwd': os.getcwd(),
+            'listen_queue': waiting, 'load': waiting, 'listen_queue_errors': 0, 'signal_queue': 0, 'locks': [],
             'sockets': [{'name': listener.name, 'proto': listener.protocol, 'queue': waiting, 'max_queue': most,
-                         'shared': 0, 'can_offload': 1}
-                        for listener, (waiting, most) in zip(self.master.listeners, queues)],
-            'workers': [self.worker(child) for child in sorted(self.master.children.values(), key=lambda c: c.number)],
-        }, indent='\t').encode()
+                         'shared': 0, 'can_offload': 1} for listener, waiting, most in queues],
+            'workers': list(self.workers())}, indent='\t').encode()
 
     def metrics(self):
-        workers = [self.worker(child) for child in self.master.children.values()]
-        lines = []
-        for name, kind, values in (
-                ('worker_requests_total', 'counter', [(w['id'], w['requests']) for w in workers]),
-                ('worker_errors_total', 'counter', [(w['id'], w['exceptions']) for w in workers]),
-                ('worker_rss_bytes', 'gauge', [(w['id'], w['rss']) for w in workers]),
-                ('worker_busy', 'gauge', [(w['id'], int(w['status'] == 'busy')) for w in workers]),
-                ('listen_queue', 'gauge', [(one.name, queue(one)[0]) for one in self.master.listeners]),
-                ('worker_deaths_total', 'counter', [('all', self.master.deaths)])):
-            lines.append(f'# TYPE minuwsgi_{name} {kind}')
-            label = 'socket' if name == 'listen_queue' else 'worker'
-            lines += [f'minuwsgi_{name}{{{label}="{which}"}} {value}' for which, value in values]
+        workers = {worker['id']: worker for worker in self.workers()}           # during a reload the new ones
+        lines = ['# TYPE minuwsgi_listen_queue gauge']
+        lines += [f'minuwsgi_listen_queue{{socket="{one.name}"}} {queue(one)[0]}' for one in self.master.listeners]
+        for name, kind, key in (('requests_total', 'counter', 'requests'), ('errors_total', 'counter', 'exceptions'),
+                                ('deaths_total', 'counter', 'deaths'), ('harakiris_total', 'counter', 'harakiri_count'),
+                                ('rss_bytes', 'gauge', 'rss'), ('busy', 'gauge', 'serving')):
+            lines.append(f'# TYPE minuwsgi_worker_{name} {kind}')
+            lines += [f'minuwsgi_worker_{name}{{worker="{i}"}} {worker[key]}' for i, worker in workers.items()]
         return '\n'.join([*lines, '']).encode()
+
+
+def offer_uwsgi_module(config):
+    """`import uwsgi` and `from uwsgidecorators import postfork`, for applications that have them in their
+    code: the part of uWSGI's Python module that makes sense here. Each worker enters itself as uwsgi.worker,
+    and calls the functions in uwsgi.hooks."""
+    import types
+    module, decorators, master = types.ModuleType('uwsgi'), types.ModuleType('uwsgidecorators'), os.getpid()
+
+    def workers():
+        found = [describe(rows) for rows in module.worker.all_rows if rows[0].numbers[PID]]
+        return tuple({**worker, 'status': worker['status'].encode()} for worker in found)
+    vars(module).update({
+        'worker': None, 'hooks': [], 'workers': workers, 'numproc': config.processes,
+        'version': __version__.encode(), 'version_info': tuple(map(int, __version__.split('.'))),
+        'opt': {setting.name: os.fsencode(setting.value) for setting in config.settings},
+        'masterpid': lambda: master if config.master else 0, 'mule_id': lambda: 0,
+        'worker_id': lambda: module.worker.number if module.worker else 0,
+        'set_user_harakiri': lambda seconds: module.worker.set_alarm(seconds),
+        'reload': lambda: os.kill(master, signal.SIGHUP) or True,
+        'stop': lambda: os.kill(master, signal.SIGTERM) or True, 'log': lambda message: log(message) or True})
+    decorators.postfork = lambda function: module.hooks.append(function) or function
+    sys.modules.update(uwsgi=module, uwsgidecorators=decorators)
+    return module
 
 
 # ---------------------------------------------------------------------------------------------
 # 13. Master
 #
-# The master owns the sockets, loads the application, forks workers and waits. Its signal handlers
-# do nothing; signal.set_wakeup_fd() makes each signal a byte in a pipe. One loop sleeps on that pipe
-# and its next deadline, and then converges: whatever happened, it compares what is with what should
-# be, and mends the difference. So a signal that comes twice, or two that merge, do no harm.
+# The master owns the sockets, loads the application, forks workers and waits. Each signal becomes a
+# byte in a pipe (signal.set_wakeup_fd()). One loop sleeps on that pipe and its next deadline, and then
+# converges: whatever happened, it compares what is with what should be, and mends the difference. So
+# a signal that comes twice, or two that merge, do no harm. No deadline is kept: each follows from
+# what is, and whoever asks due(when) and hears "not yet" is asked again then.
 #
 # Each worker has the read end of a lifeline, a pipe whose write end only the master holds. With
 # O_ASYNC the kernel sends SIGIO when that end closes: when the master dies, however it dies.
@@ -3599,419 +3563,405 @@ class Stats:
 # A reload never takes a working site down. A child loads the new configuration and application as a
 # proof; if that fails, nothing else happens. Then the master executes itself anew with the same pid.
 # It inherits the sockets and the old workers, which go on serving, and replaces them one by one. If
-# only the new image fails to load (`stuck`), they go on too; none is replaced until a reload works.
+# only the new image fails to load, they go on too; none is replaced until a reload works.
 
-class Signals:
-    """The master's signals, as bytes in a pipe."""
+class Stopped(BaseException):
+    """A signal that ends the server came while it was still starting."""
 
-    def __init__(self, reloaded):
-        self.fd, self.write = os.pipe()
-        os.set_blocking(self.fd, False)
-        os.set_blocking(self.write, False)
-        if reloaded:                                    # there are workers to be stopped in order
-            self.from_now_on()
-        else:
-            self.listen(self.while_starting)
 
-    def listen(self, handler):
-        signal.set_wakeup_fd(self.write, warn_on_full_buffer=False)
-        for number in SIGNALS:
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # they are blocked over the exec of a reload
-
-    def while_starting(self, number, _):
-        if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+def catch_signals(pipe, starting=False):
+    """Called again when the application is loaded, which may have changed all this (asyncio does)."""
+    def handler(number, _):
+        if starting and number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             raise Stopped
-
-    def from_now_on(self):
-        """The application is loaded, and may have changed all this (asyncio does): nothing is interrupted any more."""
-        self.listen(lambda *_: None)
-
-    def read(self):
-        return os.read(self.fd, 4096)
-
-    def close(self):
-        signal.set_wakeup_fd(-1)
-        os.close(self.fd)
-        os.close(self.write)
-
-
-class Notify:
-    """Tells systemd how the server is, see sd_notify(3); only the master does."""
-
-    def __init__(self):
-        self.address = os.environ.get('NOTIFY_SOCKET', '')
-        self.watchdog = self.address and int(os.environ.get('WATCHDOG_USEC', '0')) / 2e6
-        self.last = 0.0
-
-    def __call__(self, text):
-        if self.address:
-            try:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
-                    connection.sendto(text.encode(), self.address.replace('@', '\0', 1))
-            except OSError as error:
-                log(f'NOTIFY_SOCKET: {error.strerror}')
-
-    def watch(self):
-        if self.watchdog and time.monotonic() - self.last >= self.watchdog - 0.5:
-            self.last = time.monotonic()
-            self('WATCHDOG=1')
+    signal.set_wakeup_fd(pipe, warn_on_full_buffer=False)
+    for number in SIGNALS:
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())      # they are blocked over the exec of a reload
 
 
 def oom_kills():
     """How many processes the kernel has killed for want of memory, see proc(5)."""
-    try:
-        with open('/proc/vmstat') as file:
-            return next((int(line.split()[1]) for line in file if line.startswith('oom_kill ')), 0)
-    except OSError:
-        return 0
+    with contextlib.suppress(OSError), open('/proc/vmstat') as file:
+        return next((int(line.split()[1]) for line in file if line.startswith('oom_kill ')), 0)
 
 
 def name_process(config, role):
     """The name in ps and top (15 characters of it), see proc(5) on /proc/pid/comm."""
-    if not (config.auto_procname or config.procname or config.procname_prefix or config.procname_prefix_spaced):
-        return
     prefix = config.procname_prefix or config.procname_prefix_spaced and config.procname_prefix_spaced + ' '
     name = config.procname_master if role == 'master' and config.procname_master else config.procname
-    try:
-        with open('/proc/self/comm', 'w') as file:
+    if config.auto_procname or prefix or name:
+        with contextlib.suppress(OSError), open('/proc/self/comm', 'w') as file:        # not Linux, or after setuid()
             file.write((prefix or '') + (name or f'uWSGI {role}') + (config.procname_append or ''))
-    except OSError:
-        pass                                            # not Linux, or after setuid()
 
 
-notify = Notify()
-SETTLED = 1.0                           # seconds after which a program counts as ready
-
-
-class Child:
-    """A worker as the master sees it."""
-
-    def __init__(self, pid, number, rows, hold, retire):
-        self.pid, self.number, self.rows = pid, number, rows
-        self.hold = hold                                # the end of its lifeline that is ours, see spawn()
-        self.retire = retire                            # the signal that lets it finish while others go on
-        self.born = time.monotonic()
-        self.old = rows is None                         # from before the reload: to be replaced
-        self.kill_at = self.stop_at = math.inf          # deadlines: SIGKILL; repeat the stop
-        self.stop_with = None                           # the signal that told it to stop
-        self.why_killed, self.overdue = '', None        # overdue: when the request began that harakiri is for
-
-    def is_ready(self):
-        return self.old or 0 < self.rows[0].numbers[READY] <= time.monotonic()
-
-    def must_go(self):
-        return self.old or bool(self.rows[0].numbers[LEAVING])
-
-    def busy(self):
-        """The rows of the cores that are serving."""
-        return [row for row in self.rows or () if row.numbers[STARTED]]
-
-    def since(self):
-        """When the oldest of its requests began, inf without one. Each is read once: it may end meanwhile."""
-        return min((began for row in self.rows or () if (began := row.numbers[STARTED])), default=math.inf)
-
-    def is_deaf(self):
-        """Idle, and yet it hasn't noticed that it was told to stop? One of another language can't say."""
-        return self.retire == signal.SIGHUP and self.rows and self.rows[0].numbers[LEAVING] != 2 and not self.busy()
-
-    def doing(self, now):
-        """'GET /path for 41 ms', or '' when it is idle."""
-        return ', '.join(f'{row.request()} for {(now - row.numbers[STARTED]) * 1000:.0f} ms' for row in self.busy())
-
-    def answered(self):
-        return sum(int(row.numbers[REQUESTS]) for row in self.rows or ())
-
-
-def watch_the_end(threading, mercy, code):
-    """In a thread: say which others keep a process from ending, and end it if they never do."""
-    time.sleep(min(1, mercy / 2))
-    names = [repr(one.name) for one in threading.enumerate() if not one.daemon and one is not threading.main_thread()]
-    log(f'pid {os.getpid()} has {mercy} s to end, and waits for '
-        + (f'the thread {", ".join(names)}; with daemon=True it would not' if names else 'a function of atexit'))
-    time.sleep(mercy)
-    os._exit(code)
-
-
-def finish_process(mercy, code=0):
+def finish_process(mercy, code):
     """The end of a process: its threads and atexit functions, but not the interpreter's own
     dismantling, which would touch, and so copy, every page that is shared with the master."""
     import atexit
     threading = sys.modules.get('threading')
+
+    def watch():
+        """In a thread: say which others keep the process from ending, and end it if they never do."""
+        time.sleep(min(1, mercy / 2))
+        names = [repr(one.name) for one in threading.enumerate() if one is not main_thread and not one.daemon]
+        log(f'pid {os.getpid()} has {mercy} s to end, and waits for '
+            + (f'the thread {", ".join(names)}; with daemon=True it would not' if names else 'a function of atexit'))
+        time.sleep(mercy)
+        os._exit(code)
     if threading:
+        main_thread = threading.main_thread()
         with contextlib.suppress(RuntimeError):         # no memory for a thread: then nobody watches
-            threading.Thread(target=watch_the_end, args=(threading, mercy, code), daemon=True).start()
+            threading.Thread(target=watch, daemon=True).start()
         threading._shutdown()
     atexit._run_exitfuncs()
     flush_streams()
     return code
 
 
+SETTLED = 1.0                           # seconds after which a program of another language counts as ready
+
+
+class Child:
+    """A worker as the master sees it: it starts, is ready, is told to stop, perhaps killed."""
+
+    def __init__(self, pid, number, born, foreign, told_at, hold, rows=None):
+        self.pid, self.number, self.born = pid, number, born
+        self.foreign = foreign                          # of another language
+        self.told_at, self.killed = told_at, False      # when it was told to stop, or inf
+        self.hold = hold                                # the end of its lifeline that is ours, see spawn()
+        self.alarm = 0.0, 0.0                           # harakiri: when the request began, and when it was told
+        self.old = rows is None                         # from before a reload: we can't see what it does
+        self.rows = rows or [Row()]
+        self.numbers = self.rows[0].numbers
+        self.numbers[PID], self.numbers[NUMBER] = pid, number
+        if self.old:
+            self.numbers[READY], self.numbers[LEAVING] = 1, 2
+        elif foreign:
+            self.numbers[READY] = born + SETTLED
+
+    def __str__(self):
+        return f'worker {self.number} (pid {self.pid})'
+
+    def must_go(self):
+        return self.numbers[LEAVING] > 0
+
+    def send_away(self, why):
+        log(f'{self} leaves: {why}')
+        self.numbers[LEAVING] = 1
+
+    def busy(self):
+        """[(when it began, row)] of its requests. The time is read once: a request may end meanwhile."""
+        return [(began, row) for row in self.rows if (began := row.numbers[STARTED])]
+
+    def doing(self, before):
+        """'at GET /path for 41 ms', with 'at ' before it; '' when it is idle."""
+        now = time.monotonic()
+        requests = [f'{row.request()} for {(now - began) * 1000:.0f} ms' for began, row in self.busy()]
+        return before + ', '.join(requests) if requests else ''
+
+    def answered(self):
+        return sum(row.numbers[REQUESTS] for row in self.rows)
+
+
 class Master:
     """The process that owns the sockets, and keeps the workers that there should be."""
 
-    def __init__(self, config, listeners, application, pidfile, start, signals, hooks):
-        self.config, self.listeners, self.application, self.hooks = config, listeners, application, hooks
-        self.pidfile, self.start, self.signals = pidfile, start, signals
-        self.children = {}                              # pid -> Child
-        self.command = worker_command(config)
+    def __init__(self, config, owned, application, start, signals, uwsgi, workers):
+        self.config, self.owned, self.application, self.uwsgi = config, owned, application, uwsgi
+        self.start, self.signals = start, signals
+        self.listeners = [one for one in owned if one.protocol in ('uwsgi', 'http')]
+        self.stats, self.command = Stats(self), worker_command(config)
+        self.children = {pid: Child(pid, *rest) for pid, *rest in workers}      # at first those from before a reload
         self.all_rows = [[Row() for _ in range(config.threads)] for _ in range(2 * config.processes + 2)]
-        self.free = list(self.all_rows)
         self.total = memoryview(mmap.mmap(-1, 4096)).cast('Q')
-        self.wanted = config.processes                  # how many workers there should be now
-        if 0 < config.cheaper < config.processes:
-            self.wanted = min(max(config.cheaper, config.cheaper_initial), config.processes)
-        self.calm, self.last_busy, self.last_answered = 0, time.monotonic(), 0
-        self.turn = 0.0                                 # when converge() looked last
+        self.now, self.wake = time.monotonic(), math.inf        # of a turn: when it began, when the next is due
         self.stopping = 0                               # how often we were told to
-        self.proof = None                               # the pid of the child that tries a reload
-        self.reload_wanted = self.stuck = False         # stuck: after a reload that failed half-way
-        self.ever_ready = self.announced = False
+        self.reload_wanted, self.proof = False, None    # proof: the pid of the child that tries a reload
+        self.announced = False
         self.failures, self.not_before = 0, 0.0         # deaths in a row, and the end of the back-off
-        self.exit_code = 0
-        self.deaths = 0
-        self.oom_kills = oom_kills()
-        self.touched = [*config.touch_reload, *config.touch_chain_reload]
+        self.exit_code, self.oom_kills = 0, oom_kills()
+        self.spawned, self.deaths, self.harakiris = [collections.Counter() for _ in range(3)]   # by worker's number
+        self.cheap = 0 < config.cheaper < config.processes
+        self.wanted = config.processes                  # how many workers there should be now
+        if self.cheap:
+            self.wanted = min(max(config.cheaper, config.cheaper_initial), config.processes)
+        self.calm, self.last_busy, self.last_answered = 0, self.now, 0
+        self.touched = config.touch_reload + config.touch_chain_reload
         self.mtimes = list(map(mtime, self.touched))
-        self.tick = math.inf                            # when look_round() is due
-        if self.touched or config.log_maxsize or config.idle or notify.watchdog or \
-                0 < config.cheaper < config.processes or self.command and config.reload_on_rss:
-            self.tick = 0
-        self.stats = None
+        looks = self.touched or self.cheap or config.log_maxsize or config.idle \
+            or self.command and config.reload_on_rss or 'WATCHDOG_USEC' in start.environment
+        self.next_look = 0.0 if looks else math.inf
 
     def run(self):
         """Converge, sleep, and again; the exit code."""
+        name_process(self.config, 'master')
+        look_before_fork()
+        gc.collect()
+        gc.freeze()                                     # the workers' collections leave the shared pages alone
         while True:
             self.converge()
             if self.stopping and not self.children:
-                break
-            deadline = self.next_deadline()
-            timeout = None if deadline == math.inf else max(0, deadline - time.monotonic())
-            wait = [self.signals.fd, *(self.stats.descriptors() if self.stats else ())]
-            for fd in select.select(wait, [], [], timeout)[0]:
-                if fd != self.signals.fd:
-                    self.stats.serve(fd)
-                    continue
-                for number in self.signals.read():
-                    self.on_signal(number)
-        vacuum(self.config, (*self.listeners, self.pidfile, self.stats))
-        return self.exit_code
+                return self.exit_code
+            timeout = None if self.wake == math.inf else max(0, self.wake - time.monotonic())
+            woken = select.select([self.signals, *self.stats.sockets], [], [], timeout)[0]
+            self.now = time.monotonic()
+            self.take_signals()
+            for fd in set(woken) - {self.signals}:
+                self.stats.serve(fd)
+
+    def take_signals(self):
+        with contextlib.suppress(BlockingIOError):
+            for number in os.read(self.signals, 4096):
+                self.on_signal(number)
 
     def on_signal(self, number):
         if number == signal.SIGTERM and not self.config.die_on_term:
             number = signal.SIGHUP
-        if number in (signal.SIGTERM, signal.SIGINT):
-            self.stop()
-        elif number == signal.SIGQUIT:
-            self.stopping = 1
-            self.stop()
-        elif number == signal.SIGHUP and not self.stopping:
+        if number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            self.stop(at_once=number == signal.SIGQUIT)
+        elif number == signal.SIGHUP:
             self.reload_wanted = True
         elif number in (signal.SIGUSR1, signal.SIGUSR2):
             if number == signal.SIGUSR1:
                 reopen_log(self.config)
-            if number == signal.SIGUSR1 or ready_within(2, select.POLLOUT, 0):      # a full log would hold the workers
-                self.tell_all(number)
+            elif not ready_within(2, select.POLLOUT, 0):        # it is full, and would hold the workers
+                return
+            for child in self.children.values():
+                if not child.foreign:
+                    os.kill(child.pid, number)
+                elif number == signal.SIGUSR1:          # it keeps the log that it began with: replace it
+                    child.numbers[LEAVING] = 1
 
-    def stop(self):
-        self.stopping += 1
-        now = time.monotonic()
-        waited = [f'worker {c.number} busy with {c.doing(now)}' for c in self.children.values() if c.busy()]
+    def stop(self, at_once=False):
+        """Once: when the requests at hand are finished; twice: at once."""
+        self.stopping += 1 + at_once
+        busy = ''
         for child in self.children.values():
-            if self.stopping > 1:
-                child.kill_at = 0
-            else:
-                self.tell_to_stop(child, signal.SIGTERM)
+            child.told_at = min(child.told_at, self.now)
+            busy += child.doing(f'; worker {child.number} busy with ')
         if self.proof is not None:
             os.kill(self.proof, signal.SIGKILL)
-        log('stopping at once' if self.stopping > 1 else 'stopping' + ''.join(f'; {text}' for text in waited))
-        notify('STOPPING=1')
+        log('stopping at once' if self.stopping > 1 else 'stopping' + busy)
+        self.notify('STOPPING=1')
 
-    def tell_all(self, number):
-        for pid, child in self.children.items():
-            if child.retire == signal.SIGHUP:           # one of Python
-                os.kill(pid, number)
-            elif child.rows and number == signal.SIGUSR1:
-                child.rows[0].numbers[LEAVING] = 1      # others keep the log that they began with: replace them
-
-    def tell_to_stop(self, child, number):
-        """Ask a worker to end; repeat it, since the first may come just before its accept()."""
-        now = time.monotonic()
-        if child.kill_at == math.inf:
-            child.kill_at = now + self.config.worker_reload_mercy
-            child.why_killed = f'it had {self.config.worker_reload_mercy} s to finish'
-        child.stop_with, child.stop_at = number, now + 0.1
-        try:
-            os.kill(child.pid, number)
-        except ProcessLookupError:
-            pass
+    def notify(self, text):
+        """Tell systemd how the server is, see sd_notify(3)."""
+        address = self.start.environment.get('NOTIFY_SOCKET')
+        if address:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
+                connection.sendto(text.encode(), address.replace('@', '\0', 1))
 
     # -- one turn of the loop
 
     def converge(self):
+        self.wake = math.inf
         self.reap()
-        now = self.turn = time.monotonic()
-        self.keep_deadlines(now)
-        if now >= self.tick and not self.stopping:
-            self.look_round(now)
-        if self.stopping or self.stuck and not self.reload_wanted:
+        if not self.stopping and self.due(self.next_look):
+            self.look_round()
+        if not self.stopping:
+            self.replace_workers()
+            self.announce()
+            # A second reload waits until the first has replaced all, or can't.
+            replacing = any(child.old for child in self.serving()) and self.now >= self.not_before
+            if self.reload_wanted and self.proof is None and not replacing:
+                self.try_reload()
+        for child in self.children.values():
+            if not child.killed:
+                self.keep_time(child)
+
+    def due(self, when):
+        """Is it time? If not, we wake up then, and ask again."""
+        if when > self.now:
+            self.wake = min(self.wake, when)
+        return when <= self.now
+
+    def is_ready(self, child):
+        return child.numbers[READY] > 0 and self.due(child.numbers[READY])
+
+    def serving(self):
+        """The workers that weren't told to stop."""
+        return [child for child in self.children.values() if child.told_at == math.inf]
+
+    def reap(self):
+        """Take note of all children that ended; as pid 1 of a container there are strangers among them."""
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.wait4(-1, os.WNOHANG))[0]:
+                pid, code = ended[0], os.waitstatus_to_exitcode(ended[1])
+                if pid == self.proof:
+                    self.after_proof(code)
+                elif pid in self.children:
+                    self.bury(self.children.pop(pid), code, ended[2].ru_maxrss // 1024)
+
+    def bury(self, child, code, rss):
+        """A worker ended: say why if nobody asked it to, and slow down if that comes again and again."""
+        os.close(child.hold)
+        child.numbers[PID] = 0                          # another may have its rows
+        told = child.told_at < math.inf and (self.stopping or code in (0, -signal.SIGTERM, -signal.SIGHUP))
+        if child.killed or told:
             return
-        if not self.stuck:
-            self.replace_workers(now)
-        if self.reload_wanted and self.proof is None and (self.stuck or not any(
-                child.old and not child.stop_with for child in self.children.values())):
-            self.try_reload()
-        serving = [child for child in self.children.values() if not child.stop_with]
-        if not self.announced and serving and all(child.is_ready() and not child.old for child in serving):
+        ready, doing = self.is_ready(child), child.doing('at ')
+        when = doing or ('at what is unknown since the reload' if child.old else
+                         'while idle' if ready else 'before it was ready')
+        log(f'{child} died: {self.cause(code)}, {when}, peak rss {rss} MB')
+        self.deaths[child.number] += 1
+        worked = ready if child.foreign else doing or child.answered()
+        self.failures = 0 if worked else self.failures + 1
+        if code and not (self.announced or ready or any(map(self.is_ready, self.children.values()))):
+            self.exit_code = EXIT_NO_APP if self.command or code < 0 else code
+            self.stopping = 2                           # no use in trying again; a supervisor must see it
+        elif self.failures:
+            seconds = min(30, 0.5 * 2 ** min(self.failures - 1, 6))
+            self.not_before = max(self.not_before, self.now + seconds)
+            log(f'a new one comes in {seconds:g} s')
+
+    def cause(self, code):
+        if code >= 0:
+            return f'exit status {code}'
+        name = next((one.name for one in signal.Signals if one == -code), f'signal {-code}')
+        before, self.oom_kills = self.oom_kills, oom_kills()
+        by = 'not sent by us' if self.oom_kills == before else 'by the OOM killer of the kernel: memory is short'
+        return f'{name}, {by}' if code == -signal.SIGKILL else name
+
+    def replace_workers(self):
+        """Spawn what is missing, and one after the other a successor for each worker that must go."""
+        quiet = self.not_before < math.inf and all(map(self.is_ready, self.children.values()))
+        places = collections.defaultdict(list)
+        for child in self.serving():
+            places[child.number].append(child)
+            lifetime = self.config.max_worker_lifetime
+            stagger = self.config.max_worker_lifetime_delta * (child.number - 1)
+            if lifetime and not child.must_go() and self.due(child.born + lifetime + stagger):
+                child.send_away('max-worker-lifetime')
+        for number in range(1, self.wanted + 1):
+            there = places[number]
+            if all(child.must_go() for child in there) and (quiet or not there) and self.due(self.not_before):
+                self.spawn(number)
+                quiet = False
+        for child in self.serving():
+            succeeded = any(other.born > child.born and self.is_ready(other) for other in places[child.number])
+            if child.must_go() and succeeded or child.number > self.wanted and quiet:
+                child.told_at = self.now
+
+    def announce(self):
+        """Once: all workers are ready."""
+        serving = self.serving()
+        if not self.announced and serving and all(self.is_ready(child) and not child.old for child in serving):
             self.announced = True
             many = '1 worker' if len(serving) == 1 else f'{len(serving)} workers'
             log(f'ready: {many}' + (f' with {self.config.threads} threads each' if self.config.threads > 1 else ''))
-            notify(f'READY=1\nSTATUS=ready, {many}')
+            self.notify(f'READY=1\nSTATUS=ready, {many}')
             self.start.tell_parent()
 
-    def keep_deadlines(self, now):
-        """What is overdue: a worker that was told to stop, a request beyond harakiri."""
-        for child in self.children.values():
-            if now >= child.kill_at and child.overdue and child.overdue not in [
-                    row.numbers[STARTED] for row in child.busy()]:
-                child.kill_at, child.overdue = math.inf, None           # that request has ended after all
-            elif now >= child.kill_at:
-                doing = child.doing(now)
-                log(f'worker {child.number} (pid {child.pid}) is killed: {child.why_killed or "stopping at once"}'
-                    + (f', at {doing}' if doing else ''))
-                child.kill_at = now + 1
-                child.stop_with = child.stop_with or signal.SIGKILL
-                os.kill(child.pid, signal.SIGKILL)
-            elif now >= child.stop_at:
-                self.tell_to_stop(child, child.stop_with)
-                if now > child.kill_at - self.config.worker_reload_mercy + 2 and child.is_deaf():
-                    child.kill_at, child.why_killed = now, 'it is idle, and heeds no signal: did the application ' \
-                        'set a handler of its own?'
-            elif self.config.harakiri and child.kill_at == math.inf:
-                since = child.since()
-                if now >= since + self.config.harakiri:         # it has a second to tell where it is
-                    os.kill(child.pid, signal.SIGALRM)
-                    child.kill_at = now + self.config.harakiri_graceful_timeout
-                    child.why_killed, child.overdue = f'harakiri = {self.config.harakiri}', since
-            lifetime = self.config.max_worker_lifetime
-            if lifetime and child.rows and now >= self.end_of_life(child) and not child.must_go():
-                log(f'worker {child.number} (pid {child.pid}) leaves: max-worker-lifetime')
-                child.rows[0].numbers[LEAVING] = 1
+    def keep_time(self, child):
+        """Tell a worker to stop, or that its request takes too long; kill the one that doesn't heed it."""
+        config, why = self.config, 'stopping at once' if self.stopping > 1 else ''
+        if child.told_at < math.inf:
+            os.kill(child.pid, signal.SIGTERM if self.stopping or child.foreign else signal.SIGHUP)
+            self.due(self.now + 0.1)                    # again and again: it may come just before an accept()
+            heard = child.foreign or child.busy() or child.numbers[LEAVING] == 2
+            mercy = config.worker_reload_mercy if heard else min(2, config.worker_reload_mercy)
+            if self.due(child.told_at + mercy):
+                why = why or f'it had {mercy} s to finish' + (
+                    '' if heard else ', and is idle: did the application set a handler of its own?')
+        began = min((began for began, _ in child.busy()), default=math.inf)
+        if config.harakiri and self.due(min(began, self.now) + config.harakiri):
+            if began != child.alarm[0]:                 # it has a second to tell where it is
+                os.kill(child.pid, signal.SIGALRM)
+                child.alarm = began, self.now
+                self.harakiris[child.number] += 1
+            if self.due(child.alarm[1] + config.harakiri_graceful_timeout):
+                why = why or f'harakiri = {config.harakiri}'
+        if why:
+            log(f'{child} is killed: {why}' + child.doing(', at '))
+            child.killed, child.told_at = True, min(child.told_at, self.now)
+            os.kill(child.pid, signal.SIGKILL)
 
-    def end_of_life(self, child):
-        config = self.config
-        return child.born + config.max_worker_lifetime + (child.number - 1) * config.max_worker_lifetime_delta
+    # -- every half second, if an option needs it
 
-    def next_deadline(self):
-        now = time.monotonic()
-        deadlines = [self.tick] if not self.stopping else []
-        for child in self.children.values():
-            deadlines += child.kill_at, child.stop_at
-            if not child.old and child.rows[0].numbers[READY] > self.turn:      # even if it has come since then
-                deadlines.append(child.rows[0].numbers[READY])
-            if self.config.harakiri and child.kill_at == math.inf:      # no request can be overdue before that
-                deadlines.append(min(child.since(), now) + self.config.harakiri)
-            if self.config.max_worker_lifetime and child.rows and not child.must_go():
-                deadlines.append(self.end_of_life(child))
-        if now < self.not_before and not self.stopping:
-            deadlines.append(self.not_before)
-        return min(deadlines, default=math.inf)
-
-    def look_round(self, now):
-        """Every half second, if an option needs it: the load, touched files, the log's size."""
-        self.tick = now + 0.5
+    def look_round(self):
+        config, self.next_look = self.config, self.now + 0.5
+        self.due(self.next_look)
         mtimes = list(map(mtime, self.touched))
         if mtimes != self.mtimes:
             self.mtimes, self.reload_wanted = mtimes, True
-        if self.config.log_maxsize:
-            rotate_log(self.config)
-        notify.watch()
-        serving = [child for child in self.children.values() if not child.stop_with and child.is_ready()]
-        busy = sum(len(child.busy()) == self.config.threads for child in serving)
-        answered = sum(child.answered() for child in serving)
-        if answered != self.last_answered or any(child.busy() for child in serving):
-            self.last_busy, self.last_answered = now, answered
-        if 0 < self.config.cheaper < self.config.processes and len(serving) >= self.wanted:
-            self.scale(busy, len(serving))
-        if self.command and self.config.reload_on_rss:
-            self.weigh_programs()
-        limit = self.config.idle if self.config.die_on_idle and not self.command else 0
-        if limit and now - self.last_busy > limit:
-            log(f'idle for {self.config.idle} s')
+        if config.log_maxsize:
+            rotate_log(config)
+        self.notify('WATCHDOG=1')
+        for child in self.serving() if self.command and config.reload_on_rss else ():
+            rss = memory_of(child.pid)[1] >> 20         # a program doesn't look at it
+            if rss >= config.reload_on_rss and not child.must_go():
+                child.send_away(f'reload-on-rss, it has {rss} MB')
+        ready = [child for child in self.serving() if self.is_ready(child)]
+        if self.cheap and len(ready) >= self.wanted:
+            self.scale(sum(len(child.busy()) == config.threads for child in ready), len(ready))
+        answered = sum(child.answered() for child in ready)
+        if answered != self.last_answered or any(child.busy() for child in ready):
+            self.last_busy, self.last_answered = self.now, answered
+        elif config.idle and config.die_on_idle and not self.command and self.now - self.last_busy > config.idle:
+            log(f'idle for {config.idle} s')
             self.stop()
-
-    def weigh_programs(self):
-        """reload-on-rss for programs that don't know of it."""
-        for child in self.children.values():
-            rss = memory_of(child.pid)[1] >> 20
-            if rss >= self.config.reload_on_rss and not child.must_go():
-                log(f'worker {child.number} (pid {child.pid}) leaves: reload-on-rss, it has {rss} MB')
-                child.rows[0].numbers[LEAVING] = 1
 
     def scale(self, busy, there):
         """cheaper: a step more when all workers are busy, or (backlog) too many connections wait; one less when two
         or more were idle at 2 * cheaper-overload looks since then."""
+        config, before = self.config, self.wanted
         waiting = sum(queue(listener)[0] for listener in self.listeners)
-        backlog = self.command or self.config.cheaper_algo == 'backlog'         # whether a program is busy isn't known
-        loaded = waiting > self.config.cheaper_overload if backlog else busy == there
-        before = self.wanted
-        if loaded or waiting and busy == there:
-            self.calm, self.wanted = 0, min(self.config.processes, self.wanted + self.config.cheaper_step)
+        backlog = self.command or config.cheaper_algo == 'backlog'      # whether a program is busy isn't known
+        if (waiting > config.cheaper_overload if backlog else busy == there) or waiting and busy == there:
+            self.calm, self.wanted = 0, min(config.processes, self.wanted + config.cheaper_step)
         elif busy + 1 < there:
             self.calm += 1
-            if self.calm > 2 * self.config.cheaper_overload:
-                self.calm, self.wanted = 0, max(self.config.cheaper, self.wanted - 1)
+            if self.calm > 2 * config.cheaper_overload:
+                self.calm, self.wanted = 0, max(config.cheaper, self.wanted - 1)
         if self.wanted != before:
             log(f'cheaper: {busy} of {there} workers are busy, {waiting} connections wait: {self.wanted} workers')
 
-    def replace_workers(self, now):
-        """Spawn what is missing, and one after the other a successor for each worker that must go."""
-        starting = any(not child.is_ready() for child in self.children.values())
-        for number in range(1, self.wanted + 1):
-            mine = [child for child in self.children.values() if child.number == number and not child.stop_with]
-            fresh = [child for child in mine if not child.must_go()]
-            stale = [child for child in mine if child.must_go()]
-            if not fresh and now >= self.not_before and self.free and not (stale and starting):
-                self.spawn(number)
-                starting = True
-            successor = max((child.born for child in mine if child.is_ready() and not child.old), default=0.0)
-            for child in stale:
-                if child.born < successor:              # which may have to go itself by now
-                    self.tell_to_stop(child, child.retire)
-        for child in self.children.values():
-            if child.number > self.wanted and not child.stop_with and not starting:
-                self.tell_to_stop(child, child.retire)
+    # -- a worker's life
 
     def spawn(self, number):
         """fork(), and all that belongs to it. The signals are blocked meanwhile: a signal to the young
         child would otherwise go into the pipe that it still shares with its parent."""
-        rows = self.free.pop()
+        rows = next((rows for rows in self.all_rows if not rows[0].numbers[PID]), None)
+        if rows is None:                                # so many old ones are still finishing
+            return
         for row in rows:
             row.clear()
-        pipe, master = (), os.getpid()
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         flush_streams()
+        master, pipe, pid = os.getpid(), (), None
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             pipe = lifeline, hold = os.pipe()
             pid = os.fork()
         except OSError as error:                        # too many processes or descriptors, no memory: later, perhaps
-            for fd in pipe:
-                os.close(fd)
-            self.free.append(rows)
-            self.not_before = time.monotonic() + 1
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             log(f'fork: {error.strerror}; the next try comes in 1 s')
-            return
+            self.not_before = self.now + 1
+            self.due(self.not_before)
+        if pid == 0:
+            self.live_as_worker(number, rows, lifeline, hold, master)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        for fd in pipe[:1] if pid else pipe:
+            os.close(fd)
         if pid:
-            os.close(lifeline)
-            retire = signal.SIGTERM if self.command else signal.SIGHUP
-            self.children[pid] = Child(pid, number, rows, hold, retire)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            return
+            self.children[pid] = child = Child(pid, number, self.now, bool(self.command), math.inf, hold, rows)
+            self.spawned[number] += 1
+            self.is_ready(child)                        # or asked again when it is
+
+    def live_as_worker(self, number, rows, lifeline, hold, master):
+        """In the child: let go of what is the master's, work, end."""
         status = 1
         try:
-            os.close(hold)
-            status = self.become_worker(number, rows, lifeline, master)
+            import fcntl
+            for fd in (hold, *(child.hold for child in self.children.values())):
+                os.close(fd)
+            not_ours = [one.socket for one in self.owned if one not in self.listeners]
+            for one in not_ours + list(self.stats.sockets.values()):
+                one.close()
+            fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+            fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+            if os.getppid() == master:                  # else it died before the lifeline was set
+                self.work(number, rows, master)
+            status = finish_process(self.config.worker_reload_mercy, 0)
         except SystemExit as error:
             status = error.code if type(error.code) is int else 1
         except BaseException:
@@ -4019,96 +3969,29 @@ class Master:
         finally:
             os._exit(status)
 
-    def become_worker(self, number, rows, lifeline, master):
-        """In the child: let go of what is the master's, load the application if it wasn't, serve."""
-        import fcntl
-        self.signals.close()
-        for fd in (child.hold for child in self.children.values()):
-            os.close(fd)
-        for owned in self.pidfile, self.stats:
-            if owned is not None:
-                owned.close()
+    def work(self, number, rows, master=None):
+        """Be a worker until told to stop: of a master, or without one."""
+        signal.set_wakeup_fd(-1)
         name_process(self.config, f'worker {number}')
-        if self.command:                                # it can't say when it is ready: when it has lived for a while
-            rows[0].numbers[READY] = time.monotonic() + SETTLED
-            os.kill(master, signal.SIGCHLD)
+        if self.command:
             become(self.command, [listener.socket for listener in self.listeners])
-            return EXIT_NO_APP
+            sys.exit(EXIT_NO_APP)
         worker = Worker(self.config, self.listeners, self.application, rows, self.total, number, master)
-        worker.all_rows = [rows[0] for rows in self.all_rows]
+        worker.all_rows, self.uwsgi.worker = self.all_rows, worker
         rows[0].numbers[PID], rows[0].numbers[NUMBER] = os.getpid(), number
-        sys.modules['uwsgi'].worker = worker
         worker.handle_signals()
-        fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
-        if os.getppid() != master:                      # it died before the lifeline was set
-            return 1
         if worker.application is None:
             worker.application = load_or_log(self.config)
             if worker.application is None:
-                return EXIT_NO_APP
-        for hook in self.hooks:
+                sys.exit(EXIT_NO_APP)
+        for hook in self.uwsgi.hooks:
             hook()
         worker.handle_signals()                         # the application may have set others meanwhile
+        if not master:
+            signal.signal(signal.SIGINT, worker.on_stop)
+            log('ready: this process serves, without a master')
+            self.start.tell_parent()
         worker.run()
-        return finish_process(self.config.worker_reload_mercy)
-
-    def reap(self):
-        """Take note of all children that ended; as pid 1 of a container there are strangers among them."""
-        while True:
-            try:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if not pid:
-                return
-            code = os.waitstatus_to_exitcode(status)
-            if pid == self.proof:
-                self.after_proof(code)
-            elif pid in self.children:
-                self.bury(self.children.pop(pid), code, usage.ru_maxrss // 1024)
-
-    def bury(self, child, code, rss):
-        """A worker ended: say why if nobody asked it to, and slow down if that comes again and again."""
-        now = time.monotonic()
-        os.close(child.hold)
-        ready, doing, answered = child.is_ready(), child.doing(now), child.answered()
-        self.ever_ready = self.ever_ready or ready
-        if self.command:
-            answered = ready
-        if child.rows is not None:
-            child.rows[0].numbers[PID] = 0
-            self.free.append(child.rows)
-        if child.stop_with and (code in (0, -child.stop_with) or self.stopping or child.stop_with == signal.SIGKILL):
-            return
-        if not self.ever_ready and not any(other.old for other in self.children.values()) and code:
-            if self.command:
-                log(f'minuwsgi: {self.command[0]} ended before it was ready: {self.describe_exit(code)}')
-            self.exit_code = EXIT_NO_APP if self.command or code < 0 else code
-            self.stopping = 2                           # no use in trying again; a supervisor must see it
-            for other in self.children.values():
-                other.kill_at = 0
-            return
-        self.deaths += 1
-        when = f'at {doing}' if doing else 'at what is unknown since the reload' if child.old else \
-            'while idle' if ready else 'before it was ready'
-        log(f'worker {child.number} (pid {child.pid}) died: {self.describe_exit(code)}, {when}, peak rss {rss} MB')
-        self.failures = 0 if answered or doing else self.failures + 1
-        if self.failures:
-            delay = min(30, 0.5 * 2 ** min(self.failures - 1, 6))
-            self.not_before = now + delay
-            log(f'a new one comes in {delay:g} s')
-
-    def describe_exit(self, code):
-        if code >= 0:
-            return f'exit status {code}'
-        kills = oom_kills()
-        memory = code == -signal.SIGKILL and kills > self.oom_kills
-        self.oom_kills = kills
-        name = signal.Signals(-code).name
-        why = ', by the OOM killer of the kernel: memory is short' if memory else \
-            ', not sent by us' if name == 'SIGKILL' else ''
-        return f"{name}{why}"
 
     # -- reload
 
@@ -4116,74 +3999,67 @@ class Master:
         """First the proof: a child does what --check does."""
         self.reload_wanted = False
         log('reload: trying the new configuration and application')
-        notify(f'RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}\nSTATUS=reloading')
-        with self.or_not_at_all(), self.start.as_then():
-            self.proof = os.posix_spawn(sys.executable, [*self.start.command, '--check'], self.start.environment,
-                                        file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)],
-                                        setsigmask=(), setsigdef=SIGNALS)
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self.notify(f'RELOADING=1\nMONOTONIC_USEC={now}\nSTATUS=reloading')
+        self.proof = self.start_python(os.posix_spawn, ['--check'], {}, setsigmask=(), setsigdef=SIGNALS,
+                                       file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)])
 
     def after_proof(self, code):
+        """Then the same process with new code. It inherits what we own and our children, see inherited_state()."""
         self.proof = None
-        if self.stopping:
-            return
-        if code:
-            log('reload: failed, see above; the old code goes on serving')
-            notify('READY=1\nSTATUS=the last reload failed, the old code is serving')
-            return
-        import json
+        if code and not self.stopping:
+            return self.reload_failed('see above; the old code goes on serving')
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
-        with contextlib.suppress(BlockingIOError):
-            for number in self.signals.read():          # what came before that would be lost
-                self.on_signal(number)
-        if self.stopping:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            return
-        state = {'sockets': [(listener.address, listener.protocol, listener.socket.fileno(), listener.inode)
-                             for listener in self.listeners],
-                 'workers': [(child.pid, child.number, child.hold, child.retire)
-                             for child in self.children.values()],
-                 'pidfile': self.pidfile and (self.pidfile.path, self.pidfile.fd), 'again': self.reload_wanted}
-        handed = [*(entry[2] for entry in state['sockets'] + state['workers']), *(state['pidfile'] or ())[1:]]
-        for fd in handed:
-            os.set_inheritable(fd, True)
-        with self.or_not_at_all(), self.start.as_then():
-            os.execve(sys.executable, self.start.command, {**self.start.environment, RELOADED: json.dumps(state)})
-        for fd in handed:                               # we are still here
-            os.set_inheritable(fd, False)
+        self.take_signals()                             # what came before would be lost
+        if not self.stopping and not self.reload_wanted:
+            import json
+            owned = [(one.address, one.protocol, one.inode, one.socket.fileno()) for one in self.owned]
+            workers = [(c.pid, c.number, c.born, c.foreign, c.told_at, c.hold) for c in self.children.values()]
+            for *_, fd in owned + workers:
+                os.set_inheritable(fd, True)
+            self.start_python(os.execve, [], {RELOADED: json.dumps([owned, workers])})
+            for *_, fd in owned + workers:              # we are still here
+                os.set_inheritable(fd, False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
-    @contextlib.contextmanager
-    def or_not_at_all(self):
-        """Python itself may be gone, or there may be no memory: that must not end a server that works."""
+    def start_python(self, how, arguments, environment, **options):
+        """As we were started, and there. Python itself may be gone, or there may be no memory: that must not end a
+        server that works."""
         try:
-            yield
+            here = os.open('.', os.O_RDONLY)
+            os.fchdir(self.start.directory)
+            try:
+                return how(sys.executable, self.start.command + arguments, {**self.start.environment, **environment},
+                           **options)
+            finally:
+                os.fchdir(here)
+                os.close(here)
         except OSError as error:
-            log(f'reload: failed, {sys.executable}: {error.strerror}; the old code goes on serving')
-            notify('READY=1\nSTATUS=the last reload failed, the old code is serving')
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            self.reload_failed(f'{sys.executable}: {error.strerror}; the old code goes on serving')
 
-    def adopt(self, workers):
-        """After the exec: the workers of the old image are still our children."""
-        for pid, number, hold, retire in workers:
-            self.children[pid] = Child(pid, number, None, hold, retire)
+    def reload_failed(self, why):
+        log(f'reload: failed, {why}')
+        self.notify('READY=1\nSTATUS=the last reload failed, the old code is serving')
 
 
 # ---------------------------------------------------------------------------------------------
 # 14. Command line
 #
-# main() reads the configuration; bind_load_and_run() does the rest, in this order: go where the log
-# is, catch signals, take the sockets and the pidfile, give up root's rights, load the application,
-# become the master (or, without one, the worker).
+# main() reads the configuration; start_and_run() has the steps of a start in their order: go where
+# the log is, catch signals, take the sockets and the pidfile, give up root's rights, load the
+# application, become the master (or, without one, the worker).
 
 def demo(environ, start_response):
     """The application of example.ini: says who answered, and what it was asked. /file sends this file."""
     if environ['PATH_INFO'] == '/file':
         file = open(__file__, 'rb')
-        start_response('200 OK', [('Content-Type', 'text/x-python'),
-                                  ('Content-Length', str(os.fstat(file.fileno()).st_size))])
+        size = str(os.fstat(file.fileno()).st_size)
+        start_response('200 OK', [('Content-Type', 'text/x-python'), ('Content-Length', size)])
         return environ['wsgi.file_wrapper'](file)
-    lines = [f'minuwsgi {__version__}: this is worker process {os.getpid()}.', '']
-    lines += [f'{name} = {value}' for name, value in sorted(environ.items())]
-    body = '\n'.join(lines + ['', '/file sends the source of the server.', '']).encode()
+    lines = [f'minuwsgi {__version__}: this is worker process {os.getpid()}.', '',
+             *(f'{name} = {value}' for name, value in sorted(environ.items())),
+             '', '/file sends the source of the server.', '']
+    body = '\n'.join(lines).encode()
     start_response('200 OK', [('Content-Type', 'text/plain; charset=utf-8'), ('Content-Length', str(len(body)))])
     return [body]
 
@@ -4201,18 +4077,7 @@ class Start:
         if os.path.dirname(script) != os.getcwd():      # another Python may find no module of that name
             self.program = [script]
         self.directory = os.open('.', os.O_RDONLY)
-        self.parent = None
-
-    @contextlib.contextmanager
-    def as_then(self):
-        """In the directory where it was started."""
-        here = os.open('.', os.O_RDONLY)
-        os.fchdir(self.directory)
-        try:
-            yield
-        finally:
-            os.fchdir(here)
-            os.close(here)
+        self.parent = None                              # the end of a pipe to who waits in front
 
     def daemonize(self, name):
         """Go on in the background. The process in front waits until the workers are ready; if they never
@@ -4224,8 +4089,7 @@ class Start:
             os.close(wait)
             os.setsid()
             os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-            open_log(name)
-            return
+            return open_log(name)
         os.close(self.parent)
         if os.read(wait, 1):
             os._exit(0)
@@ -4242,21 +4106,23 @@ class Start:
             self.parent = None
 
 
-def curl(address, path='/'):
+def curl(address='SOCKET', path='/'):
     """Ask a uwsgi server for a path, and print what it answers."""
     name, _, query = path.partition('?')
-    variables = {'REQUEST_METHOD': 'GET', 'REQUEST_URI': path, 'PATH_INFO': unquote(name), 'QUERY_STRING': query,
-                 'SERVER_PROTOCOL': 'HTTP/1.1', 'SERVER_NAME': 'localhost', 'SERVER_PORT': '80',
-                 'HTTP_HOST': 'localhost'}
-    tcp, size = ':' in address and '/' not in address, 0
+    host, tcp, port = address.rpartition(':')
+    size = 0
     try:
-        host, _, port = address.rpartition(':')
-        with socket.socket(socket.AF_UNIX) if not tcp else socket.create_connection(
-                (host.strip('[]') or '127.0.0.1', int(port))) as connection:
+        if tcp and '/' not in address:
+            connection = socket.create_connection((host.strip('[]') or '127.0.0.1', int(port)))
+        else:
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect('\0' + address[1:] if address[:1] == '@' else address)
+        with connection:
             connection.settimeout(60)
-            if not tcp:
-                connection.connect('\0' + address[1:] if address[:1] == '@' else address)
-            connection.sendall(pack_request(variables))
+            connection.sendall(pack_request({
+                'REQUEST_METHOD': 'GET', 'REQUEST_URI': path, 'PATH_INFO': unquote(name), 'QUERY_STRING': query,
+                'SERVER_PROTOCOL': 'HTTP/1.1', 'SERVER_NAME': 'localhost', 'SERVER_PORT': '80',
+                'HTTP_HOST': 'localhost'}))
             while data := connection.recv(READ_MAX):
                 size += sys.stdout.buffer.write(data)
         sys.stdout.flush()
@@ -4266,27 +4132,21 @@ def curl(address, path='/'):
         raise ConfigError(f'--curl {address}: the connection was closed without an answer')
 
 
-def set_limits(config):
-    if config.max_fd or config.limit_as:
-        import resource
-        for name, kind, limit in (('max-fd', resource.RLIMIT_NOFILE, config.max_fd),
-                                  ('limit-as', resource.RLIMIT_AS, config.limit_as << 20)):
-            hard = resource.getrlimit(kind)[1]
-            try:
-                if limit:
-                    resource.setrlimit(kind, (limit, hard if hard < 0 else max(limit, hard)))
-            except (OSError, ValueError) as error:
-                log(f'{name}: {error}')
-
-
 def prepare(config):
     """Make the process what the options ask for; what the application sees is in place then."""
+    import resource
     if config.umask is not None:
         os.umask(config.umask)
     for item in config.env:
         name, _, value = item.partition('=')
         os.environ[name.strip()] = value.strip()
-    set_limits(config)
+    for kind, limit in (resource.RLIMIT_NOFILE, config.max_fd), (resource.RLIMIT_AS, config.limit_as << 20):
+        hard = resource.getrlimit(kind)[1]
+        try:
+            if limit:
+                resource.setrlimit(kind, (limit, hard if hard < 0 else max(limit, hard)))
+        except (OSError, ValueError) as error:
+            log(f'max-fd, limit-as: {error}')
     if config.chdir:
         try:
             os.chdir(config.chdir)
@@ -4305,15 +4165,12 @@ def enter_python(config, start):
     tried = os.environ.pop('MINUWSGI_VIRTUALENV', None) == directory
     if os.path.realpath(sys.prefix) == os.path.realpath(directory):
         return
-    python = os.path.join(directory, 'bin', 'python')
-    why = 'its Python is not that of a virtual environment' if tried else None
-    if not os.access(python, os.X_OK):
-        why = 'it has no bin/python' if os.path.isdir(directory) else 'there is no such directory'
-    if why is None:
-        try:
+    python, why = os.path.join(directory, 'bin', 'python'), 'its Python is not that of a virtual environment'
+    try:
+        if not tried:
             os.execve(python, [python, *start.program, *sys.argv[1:]], {**os.environ, 'MINUWSGI_VIRTUALENV': directory})
-        except OSError as error:
-            why = f"can't run its bin/python, {error.strerror}"
+    except OSError as error:
+        why = f"can't run its bin/python, {error.strerror}"
     raise ConfigError(f'{config.where(config.virtualenv)}virtualenv = {directory}: {why}; make one with: '
                       f'python3 -m venv {directory}')
 
@@ -4344,154 +4201,118 @@ def check(config):
     return EXIT_CONFIG if errors else 0 if loaded else EXIT_NO_APP
 
 
+class Pidfile:
+    """The file with the master's pid, locked while the master lives: a stale one is no obstacle. It is
+    owned, inherited and removed as a Listener is, and has its names: `socket` is the file."""
+
+    def __init__(self, address, protocol, config, fd=None, inode=None):
+        import fcntl
+        self.address, self.protocol, self.inode = address, protocol, inode
+        try:
+            self.socket = open(open_safely(address, os.O_RDWR, 0o644) if fd is None else fd, 'rb+', buffering=0)
+            fcntl.flock(self.socket, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fd is None:
+                self.socket.truncate()
+                self.socket.write(b'%d\n' % os.getpid())
+        except BlockingIOError:
+            raise ConfigError(f'pidfile = {address}: a server with the pid {self.socket.read().decode().strip()} '
+                              'holds it; stop it first') from None
+        except OSError as error:
+            raise ConfigError(f"pidfile = {address}: can't write it: {error.strerror}") from None
+
+    def vacuum(self):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self.address), os.fstat(self.socket.fileno())):
+                os.unlink(self.address)
+
+
 def activated():
     """{address: descriptor} of the sockets that systemd has bound for us, see sd_listen_fds(3)."""
-    found = {}
-    if os.environ.get('LISTEN_PID') == str(os.getpid()):
-        for fd in range(3, 3 + int(os.environ.get('LISTEN_FDS', '0'))):
-            try:
-                with socket.socket(fileno=os.dup(fd)) as listener:
-                    name = listener.getsockname()
-            except OSError as error:
-                raise ConfigError(f'LISTEN_FDS: descriptor {fd}: {error.strerror}') from None
-            found[name if type(name) is str else '%s:%d' % name[:2]] = fd
+    found, pid, many = {}, os.environ.pop('LISTEN_PID', ''), os.environ.pop('LISTEN_FDS', '0')
+    for fd in range(3, 3 + int(many)) if pid == str(os.getpid()) else ():
+        with socket.socket(fileno=os.dup(fd)) as listener:
+            name = listener.getsockname()
+        found[name if type(name) is str else '%s:%d' % name[:2]] = fd
     return found
 
 
-def bind(config, inherited, listeners):
-    """Fill the list of listeners; inherited: [(address, protocol, descriptor, inode)] from before a reload."""
-    kept = {(address, protocol): Listener(address, protocol, config, fd, inode)
-            for address, protocol, fd, inode in inherited}
-    listeners += kept.values()                          # all of them, so that none is lost if something fails
+def bind(config, inherited, owned):
+    """Fill `owned` with what the options name, listeners and the pidfile; inherited: [(address, protocol, inode,
+    descriptor)] of what was owned before a reload."""
+    names = [(address, protocol) for protocol, addresses in (
+        (config.protocol, config.socket), ('uwsgi', config.uwsgi_socket), ('http', config.http_socket),
+        ('stats', [config.master and config.stats]), ('pidfile', [config.pidfile])) for address in addresses if address]
     given = activated()
-    wanted = [(address, config.protocol) for address in config.socket]
-    wanted += [(address, 'uwsgi') for address in config.uwsgi_socket]
-    wanted += [(address, 'http') for address in config.http_socket]
-    for address, protocol in dict.fromkeys(wanted):
-        fd = given.pop('0.0.0.0' + address if address[:1] == ':' else address, None)
-        if (address, protocol) not in kept:
-            try:
-                listeners.append(Listener(address, protocol, config, fd))
-            except ConfigError as error:
-                raise ConfigError(f'{config.where(address)}{error}') from None
-    for fd in given.values():                           # named by systemd alone
-        wanted.append((f'fd://{fd}', config.protocol))
-        if wanted[-1] not in kept:
-            listeners.append(Listener(f'fd://{fd}', config.protocol, config, fd))
-    for key in kept.keys() - set(wanted):               # the new configuration has it no more
-        kept[key].vacuum()
-        kept[key].socket.close()
-        listeners.remove(kept[key])
+    wanted = {(address, protocol): (None, given.pop('0.0.0.0' + address if address[:1] == ':' else address, None))
+              for address, protocol in names}
+    wanted.update({(f'fd://{fd}', config.protocol): (None, fd) for fd in given.values()})       # only systemd names it
+    before = {(address, protocol): rest for address, protocol, *rest in inherited}
+    for (address, protocol), (inode, fd) in {**before, **wanted, **before}.items():     # first what must not get lost
+        try:
+            owned.append((Pidfile if protocol == 'pidfile' else Listener)(address, protocol, config, fd, inode))
+        except ConfigError as error:
+            raise ConfigError(f'{config.where(address)}{error}') from None
+    for one in [one for one in owned if (one.address, one.protocol) not in wanted]:
+        one.vacuum()
+        one.socket.close()
+        owned.remove(one)
+    if not any(one.protocol in ('uwsgi', 'http') for one in owned):
+        raise ConfigError(NO_SOCKET)
+    log('listening on ' + ', '.join(f'{one.name} ({one.protocol})' for one in owned if one.protocol != 'pidfile'))
     if config.listen > LISTEN_MAX:
         log(f'listen = {config.listen}: the kernel allows {LISTEN_MAX}; '
             f'for more: sysctl net.core.somaxconn={config.listen}')
-    if not listeners:
-        raise ConfigError(NO_SOCKET)
-    for name in 'LISTEN_PID', 'LISTEN_FDS', 'LISTEN_FDNAMES':       # used, and not for what the application starts
-        os.environ.pop(name, None)
-
-
-class Pidfile:
-    """The file with the master's pid, locked while the master lives: a stale one is no obstacle."""
-
-    def __init__(self, path, fd=None):
-        import fcntl
-        self.path = os.path.abspath(path)
-        try:
-            self.fd = fd if fd is not None else open_safely(self.path, os.O_RDWR, 0o644)
-            os.set_inheritable(self.fd, False)
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if fd is None:
-                os.ftruncate(self.fd, 0)
-                os.pwrite(self.fd, b'%d\n' % os.getpid(), 0)
-        except BlockingIOError:
-            pid = os.pread(self.fd, 20, 0).decode().strip()
-            raise ConfigError(f'pidfile = {path}: a server with the pid {pid} holds it; stop it first') from None
-        except OSError as error:
-            raise ConfigError(f"pidfile = {path}: can't write it: {error.strerror}") from None
-
-    def close(self):
-        os.close(self.fd)
-
-    def vacuum(self):
-        try:
-            if os.path.samestat(os.stat(self.path), os.fstat(self.fd)):
-                os.unlink(self.path)
-        except OSError:
-            pass
 
 
 def drop_privileges(config):
     """Become uid and gid, for good, see credentials(7)."""
-    if not (config.uid or config.gid):
-        return
     import pwd
-    __import__('traceback')                             # for log_exception(): later it may not be ours to read
+    if not (os.getuid() or config.uid):
+        log('warning: the application runs as root, and so does whoever finds a hole in it: set uid and gid')
     uid, gid = owner(f'{config.uid or ""}:{config.gid or ""}')
-    if (os.getuid(), os.getgid()) == (uid if uid >= 0 else os.getuid(), gid if gid >= 0 else os.getgid()):
+    if uid in (-1, os.getuid()) and gid in (-1, os.getgid()):
         return
+    __import__('traceback')                             # for log_exception(): later it may not be ours to read
     try:
-        if gid < 0 and uid >= 0:
-            gid = pwd.getpwuid(uid).pw_gid
-        if gid >= 0:
-            os.setgid(gid)
-            try:
-                os.initgroups(pwd.getpwuid(uid if uid >= 0 else os.getuid()).pw_name, gid)
-            except KeyError:
-                os.setgroups([])
+        user = pwd.getpwuid(max(0, uid))                # without a uid: only root can do this
+        name, gid = user.pw_name, user.pw_gid if gid < 0 else gid
+    except (KeyError, OverflowError):
+        if gid < 0:
+            raise ConfigError(f'uid = {config.uid}: nothing is known of this user, so set gid too') from None
+        name = None
+    try:
+        os.setgid(gid)
+        os.initgroups(name, gid) if name else os.setgroups([])
         if uid >= 0:
             os.setuid(uid)
-    except KeyError:
-        raise ConfigError(f'uid = {config.uid}: nothing is known of this user, so set gid too') from None
-    except OSError as error:
-        raise ConfigError(f'uid, gid: {error.strerror}: only root can become another user') from None
-    except OverflowError:
-        raise ConfigError(f'uid = {config.uid}, gid = {config.gid}: there is no such user or group') from None
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f'uid, gid: {error}; only root can become another user') from None
     if uid > 0 and 0 in os.getresuid():
         raise ConfigError('uid: the privileges of root could not be dropped')
 
 
-def serve_alone(config, listeners, application, pidfile, start):
-    """Without a master: this process is the worker."""
-    rows = [Row() for _ in range(config.threads)]
-    if type(application) is list:
-        become(application, [listener.socket for listener in listeners])
-        return EXIT_NO_APP
-    worker = Worker(config, listeners, application, rows, memoryview(bytearray(8)).cast('Q'), 1, None)
-    worker.handle_signals()
-    signal.signal(signal.SIGINT, worker.on_stop)
-    for name in 'harakiri', 'stats', 'touch_reload', 'max_worker_lifetime':
-        if getattr(config, name):
-            log(f"{name.replace('_', '-')} needs a master: it does nothing with master = false")
-    log('ready: this process serves, without a master')
-    start.tell_parent()
-    worker.run()
-    vacuum(config, (*listeners, pidfile))
-    return finish_process(config.worker_reload_mercy)
-
-
 def inherited_state():
-    """What the image before a reload hands over, see Master.after_proof()."""
+    """(were we reloaded, what the image before owned, its workers), see Master.after_proof()."""
     text = os.environ.pop(RELOADED, None)
     if text is None:
-        return {'reloaded': False, 'sockets': [], 'workers': [], 'pidfile': None, 'again': False}
+        return False, [], []
     import json
-    state = json.loads(text)
-    for _, _, hold, _ in state['workers']:              # at once, before the application can start anything
-        os.set_inheritable(hold, False)
-    return {'reloaded': True, **state}
+    owned, workers = json.loads(text)
+    for *_, fd in owned + workers:                      # at once, before the application can start anything
+        os.set_inheritable(fd, False)
+    return True, owned, workers
 
 
-def go_where_the_log_is(config, start, reloaded):
+def open_logs(config, start, reloaded):
     """Go to the background, open the logs, say who we are."""
-    if config.log_date is not None:
-        log_date[:] = [config.log_date if '%' in config.log_date else '%a %b %d %H:%M:%S %Y']
     for name in 'NOTIFY_SOCKET', 'WATCHDOG_USEC':       # not for the application, and what it starts
         os.environ.pop(name, None)
-    if config.daemonize and not reloaded:
-        start.daemonize(config.logto)
-    elif reloaded:                                      # by now it may not be ours to open
+    if config.log_date is not None:
+        log_date[:] = [config.log_date if '%' in config.log_date else '%a %b %d %H:%M:%S %Y']
+    if reloaded:                                        # by now it may not be ours to open
         reopen_log(config)
+    elif config.daemonize:
+        start.daemonize(config.logto)
     elif config.logto:
         open_log(config.logto)
     sys.stdout = io.TextIOWrapper(Log(1), 'utf-8', 'backslashreplace', line_buffering=True)
@@ -4506,126 +4327,93 @@ def go_where_the_log_is(config, start, reloaded):
         log(text)
 
 
-def take_place(config, state, owned, pidfile):
-    """Be where the options say, with sockets and pidfile; the Pidfile or None."""
-    path = config.pidfile and os.path.abspath(config.pidfile)               # before chdir, as in uWSGI
-    prepare(config)
-    bind(config, state['sockets'], owned)
-    if pidfile and pidfile.path != path:
-        pidfile.vacuum()
-        pidfile = None
-    if path and not pidfile:
-        pidfile = Pidfile(path)
-    log('listening on ' + ', '.join(f'{listener.name} ({listener.protocol})' for listener in owned))
-    drop_privileges(config)
-    if not os.getuid() and not config.uid:
-        log('warning: the application runs as root, and so does whoever finds a hole in it: set uid and gid')
-    return pidfile
-
-
-def bind_load_and_run(config, start, owned):
-    """The steps of a start in their order; `owned` gathers the listeners, for who has to clean up."""
-    state = inherited_state()
-    reloaded = state['reloaded']
-    go_where_the_log_is(config, start, reloaded)
-    signals = Signals(reloaded)
-    application, stuck, hooks = None, False, offer_uwsgi_module(config)
-    pidfile = Pidfile(*state['pidfile']) if state['pidfile'] else None
+def start_and_run(config, start, owned):
+    """The steps of a start in their order; `owned` gathers what has to be removed at the end. The exit code."""
+    reloaded, inherited, workers = inherited_state()
+    config.pidfile = config.pidfile and os.path.abspath(config.pidfile)         # before chdir, as in uWSGI
+    open_logs(config, start, reloaded)
+    signals, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    catch_signals(wake, starting=not reloaded)          # after a reload there are workers to be stopped in order
+    uwsgi, lazy = offer_uwsgi_module(config), config.lazy_apps and (config.master or reloaded)
+    application, code = None, EXIT_CONFIG
     try:
-        pidfile = take_place(config, state, owned, pidfile)
-        if not config.lazy_apps or not config.master:
-            application = load_or_log(config)
-            stuck = application is None
+        prepare(config)
+        bind(config, inherited, owned)
+        drop_privileges(config)
+        application = None if lazy else load_or_log(config)
+        code = EXIT_NO_APP if application is None and not lazy else 0
     except ConfigError as error:
-        if not reloaded:
-            vacuum(config, owned)
-            raise
         log(f'minuwsgi: {error}')
-        stuck = True
-    if stuck and not reloaded:
-        vacuum(config, owned)
-        return EXIT_NO_APP
-    if stuck:
-        log('reload: failed, see above; the old workers go on serving, none can be replaced until the next reload')
-    if not config.master:
-        return serve_alone(config, owned, application, pidfile, start)
-    look_before_fork()
-    gc.collect()
-    gc.freeze()                                         # the workers' collections leave the shared pages alone
-    name_process(config, 'master')
-    signals.from_now_on()
-    master = Master(config, owned, application, pidfile, start, signals, hooks)
-    master.stuck, master.reload_wanted = stuck, state['again']
-    master.adopt(state['workers'])
-    if config.stats:
-        try:
-            master.stats = Stats(master)
-        except ConfigError as error:
-            log(f'minuwsgi: stats: {error}')            # no reason not to serve
-    return finish_process(config.worker_reload_mercy, master.run())
+    if code and not reloaded:
+        return code
+    catch_signals(wake)
+    master = Master(config, owned, application, start, signals, uwsgi, workers)
+    if code:
+        master.not_before = math.inf
+        master.reload_failed('see above; the old workers go on serving, none can be replaced until the next reload')
+    if config.master or reloaded:
+        return master.run()
+    master.work(1, master.all_rows[0])
+    return 0
 
 
 def serve(config, start):
     """The server, until it is told to stop. Its exit code."""
-    owned = []
+    owned, code = [], 0
     try:
-        return bind_load_and_run(config, start, owned)
+        code = start_and_run(config, start, owned)
     except Stopped:
         log('stopped while starting')
+    finally:
         vacuum(config, owned)
-        return 0
+    return finish_process(config.worker_reload_mercy, code)
 
 
-def send_signal(what, name=''):
+def send_signal(what, name='PIDFILE'):
     """--stop, --reload PIDFILE."""
     import fcntl
-    if not name:
-        raise ConfigError(f'{what} PIDFILE: which pidfile?')
     try:
         with open(name) as file:
             pid = int(file.read())
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                os.kill(pid, signal.SIGTERM if what == '--stop' else signal.SIGHUP)
-                return 0
+                return os.kill(pid, signal.SIGTERM if what == '--stop' else signal.SIGHUP)
     except (OSError, ValueError) as error:
         raise ConfigError(f'{what} {name}: {getattr(error, "strerror", None) or "there is no pid in it"}') from None
     raise ConfigError(f'{what} {name}: the server with the pid {pid} does not run any more')
 
 
+def configure_and_serve(arguments):
+    start, config = Start(arguments), Config(arguments)
+    if config.show_config:
+        return show_config(config)
+    try:
+        enter_python(config, start)
+    except ConfigError as error:
+        config.errors.append(str(error))
+    if config.check:
+        return check(config)
+    for warning in config.warnings:
+        log(warning)
+    if config.errors:
+        raise ConfigError('\n'.join(config.errors))
+    return serve(config, start)
+
+
 def main(arguments):
-    """Run the command line; returns the exit code."""
+    """Run the command line; the exit code."""
     try:
         if not arguments or '--help' in arguments or '-h' in arguments:
             print(usage())
             return 0 if arguments else EXIT_CONFIG
         if '--version' in arguments:
-            print(__version__)
-            return 0
+            return print(__version__)
         if arguments[0] == '--curl':
-            if len(arguments) < 2:
-                raise ConfigError('--curl SOCKET [PATH]: which socket?')
-            curl(*arguments[1:3])
-            return 0
+            return curl(*arguments[1:3])
         if arguments[0] in ('--stop', '--reload'):
             return send_signal(*arguments[:2])
-        start = Start(arguments)
-        config = Config(arguments)
-        if config.show_config:
-            show_config(config)
-            return 0
-        try:
-            enter_python(config, start)
-        except ConfigError as error:
-            config.errors.append(str(error))
-        if config.check:
-            return check(config)
-        for warning in config.warnings:
-            log(warning)
-        if config.errors:
-            raise ConfigError('\n'.join(config.errors))
-        return serve(config, start)
+        return configure_and_serve(arguments)
     except ConfigError as error:
         log(f'minuwsgi: {error}')
         return EXIT_CONFIG
@@ -4633,5 +4421,3 @@ def main(arguments):
 
 if __name__ == '__main__':
     sys.exit(main(sys.argv[1:]))
-
-

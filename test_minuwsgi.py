@@ -3303,7 +3303,8 @@ class TestProcesses:
     @pytest.mark.parametrize('path, query, words', [
         ('crash', str(int(signal.SIGKILL)), 'SIGKILL, not sent by us, at GET crash'),
         ('crash', str(int(signal.SIGSEGV)), 'SIGSEGV, at GET crash'),
-        ('crash', str(int(signal.SIGABRT)), 'SIGABRT'), ('leave', '', 'exit status 7, at GET leave')])
+        ('crash', str(int(signal.SIGABRT)), 'SIGABRT'), ('crash', '40', 'signal 40, at'),
+        ('leave', '', 'exit status 7, at GET leave')])
     def test_a_worker_that_dies_is_replaced_and_its_request_named(self, start, path, query, words):
         server = start(SLOW)
         before = server.workers()
@@ -3640,6 +3641,28 @@ class TestReload:
         server.kill(signal.SIGHUP)
         server.wait_for('the old code goes on serving')
         assert server.ask().body == b'hello\n'
+
+    def test_workers_that_die_before_they_are_ready_do_not_hold_up_the_next_reload(self, start, tmp):
+        server = start(ini='processes = 2')
+        (tmp / 'app.py').write_text(
+            HELLO + 'import os, uwsgidecorators\nuwsgidecorators.postfork(lambda: os._exit(3))\n')
+        server.kill(signal.SIGHUP)
+        server.wait_for('died: exit status 3, before it was ready')
+        assert server.ask().body == b'hello\n'         # of the old workers
+        (tmp / 'app.py').write_text(HELLO)
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        assert server.ask().body == b'hello\n'
+
+    def test_a_worker_that_was_told_to_stop_before_a_reload_ends_without_a_word(self, start, tmp):
+        server = start(SLOW)
+        held = Held(server, tmp)
+        for reloads in 2, 3:
+            server.kill(signal.SIGHUP)
+            server.wait_for('^ready', reloads)
+        assert held.release().body.startswith(b'done')
+        wait_until(lambda: len(server.workers()) == 1, 'the end of the old worker')
+        assert 'died' not in server.log
 
     def test_the_request_at_hand_is_finished_by_the_old_code(self, start, tmp):
         server = start(SLOW, 'processes = 2')
@@ -5687,8 +5710,7 @@ class TestBadMachine:
         """time.time() makes texts only: what people and browsers read, and a name for a file."""
         functions = re.findall(r'^ *def (\w+)(.*?)(?=^ *(?:def|class) |\Z)', SOURCE, re.M | re.S)
         uses = {name for name, body in functions if 'time.time()' in body}
-        assert uses == {'magic', 'rotate_log', 'send_static', 'formatted', 'add', 'failed', 'http_headers', 'worker',
-                        'offer_uwsgi_module'}
+        assert uses == {'magic', 'rotate_log', 'send_static', 'formatted', 'add', 'failed', 'http_headers', 'workers'}
 
 
 def fuzz_for_long(number, first=1):
@@ -5789,7 +5811,7 @@ class TestMessages:
             assert run(tmp, '--curl', 'c') == (1, 'minuwsgi: --curl c: the connection was closed without an answer\n')
 
     def test_a_command_without_its_file_asks_for_it(self, tmp):
-        assert run(tmp, '--stop') == (1, 'minuwsgi: --stop PIDFILE: which pidfile?\n')
+        assert run(tmp, '--stop') == (1, 'minuwsgi: --stop PIDFILE: No such file or directory\n')
         assert "what is 'hello'?" in run(tmp, 'hello')[1]
 
 
