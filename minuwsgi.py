@@ -215,8 +215,7 @@ http-keepalive http-auto-chunked http-chunked-input http-raw-body http-manage-ex
     | the workers speak HTTP/1.1 themselves and keep connections
 http-headers-timeout send-timeout-* write-timeout-* | socket-timeout holds for it
 post-buffering post-buffering-bufsize | a body is read when the application asks for it
-harakiri-verbose harakiri-graceful-signal harakiri-no-arh no-harakiri-* py-tracebacker backtrace-depth
-    | harakiri logs the stack
+harakiri-verbose harakiri-graceful-signal arh-* no-harakiri-* py-tracebacker backtrace-depth | harakiri logs the stack
 memory-report -m stats-min* stats-no-* metrics-no-cores | stats is short, and has the memory of each worker
 cheaper-busyness-* | see cheaper-algo: spare or backlog
 wsgi-strict wsgi-env-* wsgi-disable-file-wrapper py-call-* no-orphans close-on-exec close-on-exec2 no-default-app
@@ -230,31 +229,29 @@ chroot pivot* refork* re-fork* unshare* namespace* ns-* setns* jailed tuntap* cg
     never-swap ksm envdir-* unenv | the systemd unit, or a container
 gevent* websocket* async ugreen* loop greenlet asyncio tornado | threads; for async code an ASGI server
 cheap cheaper-rss-limit-* harakiri-queue-threshold worker-mount | cheaper, reload-on-rss, harakiri, mount
-hook-* call-* exec-* mount-* umount-* mountpoint* wait-for-* wait-interface* wait-iface* file-write
-    | ExecStartPre= of the systemd unit, or a start script
+hook-* call-* exec-* mount-* umount-* mountpoint* wait-for-* wait-i* file-write | ExecStartPre=, or a start script
 master-as-root immediate-uid immediate-gid add-gid no-initgroups drop-after-apps | uid and gid
-log-route log-req-route log-encoder log-req-encoder log-prefix log-syslog log-socket log-truncate log-ioerror log-micros
-    log-sendfile log-format-strftime logformat-strftime rsyslog-* logfile-* logrotate-* logreopen-*
-    | log-format, log-4xx, log-5xx, log-slow, logger; journald or logrotate for the rest
+log-route log-req-route encoder-* log-prefix log-syslog log-socket log-truncate log-ioerror log-micros log-sendfile
+    strftime-* rsyslog-* logfile-* logrotate-* logreopen-* | log-format, log-4xx, log-5xx, log-slow, logger; journald
 alarm* metric* carbon* rrdtool* snmp* stats-push* nagios reload-on-exception* reload-on-fd-* catch-exceptions
     exception-handler | a monitor that reads stats and the log
-route* vhost* error-page* header-* http-var http-to-https proxy-protocol* ignore-script-name https* ssl-* sni*
-    suwsgi-socket http-* fastrouter* rawrouter* sslrouter* forkptyrouter* corerouter* subscri* unsubscribe*
-    start-unsubscribed st multicast* zerg* weight-* static-expires-* static-gzip-* static-skip-ext file-serve-mode
-    fileserve-mode mime* honour-range check-static-docroot upload-progress
+route* vhost* error-page* header-* proxy-protocol* ignore-script-name https* ssl-* sni* suwsgi-socket http-* fastrouter*
+    rawrouter* sslrouter* forkptyrouter* corerouter* subscri* unsubscribe* st multicast* zerg* weight-* static-expires-*
+    static-gzip-* static-skip-ext file-serve-mode fileserve-mode mime* honour-range check-static-docroot upload-progress
     | nginx: location, rewrite, add_header, upstream, gzip, TLS
 mule* farm spooler -Q spooler* cache* queue* sharedarea -A py-sharedarea | celery, rq, redis, nginx's proxy_cache
-eval optimize -O no-site py-* python python-version python-raw python-worker-override pyrun pyshell* pymodule-alias
-    post-pymodule-alias config-py web3* pump* wsgi-lite* pecan paste* ini-paste* symcall* dlopen shared-import
-    shared-py* test -J thread-stack* threads-stack* | options of the python3 that starts minuwsgi, or a small wsgi-file
+eval optimize -O no-site py py-program* py-executable py-sys-executable py-auto-reload-ignore python python-version
+    python-raw python-worker-override pyrun pyshell* pymodule-alias post-pymodule-alias config-py web3* pump* wsgi-lite*
+    pecan paste* ini-paste* symcall* dlopen shared-import shared-py* test -J thread-stack* threads-stack*
+    | options of the python3 that starts minuwsgi, or a small wsgi-file
 php* ruby* rbrequire lua* perl* jvm* mono* v8* go-* glusterfs* gridfs* rados* webdav* xslt* ldap* cgi-mode -c cgi-*
     | the language's own server, or cgi with cgi-helper, cgi-index, cgi-allowed-ext
-fastcgi* scgi* raw-* udp modifier* abstract-socket -a map-socket socket-* reuse-port freebind so-keepalive
-    tcp-fast* | socket, which speaks uwsgi or HTTP and may be @name; net.* of sysctl
+fastcgi* scgi* raw-* udp modifier* abstract-socket -a map-socket socket-* reuse-port freebind so-keepalive tcp-fast*
+    | socket, which speaks uwsgi or HTTP and may be @name; net.* of sysctl
 xml -x xmlconfig yaml -y yml json -j js blacklist-* whitelist-* declare-option* fallback-config inject-* resolve get
     exit | an INI file with plain options
 stop reload pause suspend resume help -h usage version master-fifo fs-* signal-* signals-*
-    | the command line: --stop, --reload, --help, --version; touch-reload
+    | --stop, --reload, --help, --version; touch-reload
 ping ping-timeout reaper -r safe-fd fd-safe no-server no-threads-wait body-read-warning command-mode force-* clock locks
     rpc-max profiler mode extract connect-and-read dump-options print-sym* binary-* binsh privileged-* unprivileged-*
     skip-atexit* use-abort exit-on-reload shutdown-sockets propagate-touch reload-os-env wsgi-accept-buffer* flock*
@@ -263,11 +260,9 @@ plugin plugins need-plugin need-plugins build-plugin dot-h cflags list-* | nothi
 unknown
 <<<<<<<* ======* >>>>>>>* | is a mark of a merge conflict: choose one side
 {{* {%* <%* | is a template that wasn't filled in
-autostart autorestart redirect_stderr stdout_logfile* stderr_logfile* startsecs startretries stopwaitsecs stopsignal
-    command process_name numprocs | belongs to supervisord
-user group directory environment | belongs to supervisord or systemd; here it's uid, gid, chdir, env
-uwsgi_* proxy_* server_name location upstream server access_log error_log client_max_body_size root alias
-    | belongs to nginx
+autostart autorestart redirect_stderr stdout_logfile* stderr_logfile* startsecs stopsignal | belongs to supervisord
+user group directory environment command | belongs to supervisord or systemd; here it's uid, gid, chdir, env
+uwsgi_* proxy_* server_name location upstream server access_log error_log client_max_body_size | belongs to nginx
 ExecStart* Restart* WantedBy Type KillSignal WorkingDirectory User Group After | belongs to a systemd unit
 use paste.* [* | belongs to PasteDeploy or another program
 '''
@@ -305,8 +300,7 @@ KINDS = {
     'pair': ('name=value', str, lambda pair: pair.find('=') > 0),
     'path': ('a path', lambda text: text or None, None),
     'word': ('a name or an address', lambda text: text or None, None),
-    'log': ('file:PATH or stdio', lambda text: os.path.abspath(text.partition('file:')[2]) if 'file:' in text else None,
-            None),
+    'log': ('file:PATH or stdio', lambda text: text.partition('file:')[2] or None, None),
     'text': ('any text', str, None)}
 DOUBTS = {'{{': "a template that wasn't filled in", '$(': 'there is no such variable in the environment',
           '$': 'variables of the environment are written $(NAME)'}
@@ -387,7 +381,7 @@ TESTS = {'file': os.path.isfile, 'dir': os.path.isdir, 'directory': os.path.isdi
          'hostname': lambda name: socket.gethostname() == name, 'reload': lambda _: RELOADED in os.environ,
          'plugin': lambda name: name.startswith(('python', 'http', 'cgi')), 'env': os.environ.get, 'opt': None}
 CONDITIONS = {prefix + test: test for test in TESTS for prefix in ('if-', 'if', 'if-not-')}
-LOOPS = {'for': str.split, 'for-glob': glob_sorted, 'for-readline': lambda name: (read_file(name) or '').split('\n'),
+LOOPS = {'for': str.split, 'for-glob': glob_sorted, 'for-readline': lambda name: (read_file(name) or '').splitlines(),
          'for-times': lambda times: [str(i + 1) for i in range(min(leading_number(times) or 0, 10000))]}
 BLOCKS, ENDS = {*CONDITIONS, *LOOPS}, {'endif', 'end-if', 'endfor', 'end-for', 'end'}
 
@@ -410,8 +404,9 @@ def describe_unknown(name, value=''):
         return f"'{name or '=' + value}' {stranger}"
     import difflib
     known = [*BY_NAME, *(pattern for pattern, fate, _ in PATTERNS if fate != 'unknown' and pattern[-1] != '*')]
-    meant = [long for long, short in zip(known, known[1:]) if short == '-' + name] or (
-        difflib.get_close_matches(name, known, 1, 0.75) or [long for long in known if long.startswith(name + '-')])
+    meant = ([long for long, short in zip(known, known[1:]) if short == f'-{name}']
+             or difflib.get_close_matches(name, known, 1, 0.75)
+             or [long for long in known if name and long.startswith(f'{name}-')])
     return f"unknown option '{name}'" + (f", did you mean '{meant[0]}'?" if meant else '')
 
 
@@ -440,7 +435,7 @@ def command_line(arguments):
             continue
         name, equals, value = argument[2:].partition('=')
         if argument[:2] != '--':
-            name, equals, value = argument[:2], argument[2:], argument[2:]
+            name, equals, value = argument[:2], argument[2:], argument[2:].lstrip('=')
         option = BY_NAME.get(name)
         optional = not option or option.kind == 'octal'
         if not option and fate(name)[0] == 'unknown':
@@ -497,6 +492,7 @@ class Config:
             self.errors.append(f'processes = {self.processes}, threads = {self.threads}: 10000 in all are the most')
         log = self.daemonize or self.logto or (self.logger[-1] if self.logger else None)
         self.logto = log and os.path.abspath(log)       # before chdir, as in uWSGI
+        self.req_logger = [os.path.abspath(log) for log in self.req_logger]
 
     def where(self, value):
         """'site.ini:3: ' for a value that stands in a line, for messages."""
@@ -506,23 +502,18 @@ class Config:
         """Take lines (name, value, where); those that a line brings come next."""
         lines = collections.deque(lines)
         while lines:
-            setting = Setting(*lines.popleft())
+            setting, brought = Setting(*lines.popleft()), []
             self.settings.append(setting)
-            lines.extendleft(reversed(self.obey(setting, lines)))
-
-    def obey(self, setting, lines):
-        """Do what steers the reading; the lines that come next."""
-        name, option = setting.name, BY_NAME.get(setting.name)
-        if name in BLOCKS:
-            return self.block(setting, lines)
-        if option is BY_NAME['ini']:
-            return self.read_ini(setting)
-        if option is BY_NAME['set']:
-            key, _, value = map(str.strip, setting.value.partition('='))
-            if name != 'set':
-                self.variables.add(key)
-            return [(key, value, setting.where)]
-        return []
+            option = BY_NAME.get(setting.name)
+            if setting.name in BLOCKS:
+                brought = self.block(setting, lines)
+            elif option is BY_NAME['ini']:
+                brought = self.read_ini(setting)
+            elif option is BY_NAME['set']:
+                key, _, value = map(str.strip, setting.value.partition('='))
+                brought = [(key, value, setting.where)]
+                self.variables.update([key] if setting.name != 'set' else [])
+            lines.extendleft(reversed(brought))
 
     def block(self, setting, lines):
         """The lines up to the end of an if or for, once for each text that %(_) stands for."""
@@ -533,8 +524,9 @@ class Config:
                 setting.errors.append(f'{body.pop()[0]} within another block: there are no nested blocks')
         if not lines or lines[0][0] not in ENDS:
             setting.warnings.append('a block has no end; it ends with the file')
-        return [(name, value.replace('%(_)', text), where)
-                for text in self.texts_of_block(setting) for name, value, where in body]
+        texts = self.texts_of_block(setting)
+        setting.reason = '' if texts else 'the lines of the block are left out'
+        return [(name, value.replace('%(_)', text), where) for text in texts for name, value, where in body]
 
     def texts_of_block(self, setting):
         value = self.fill(setting.value)
@@ -544,7 +536,6 @@ class Config:
         found = (TESTS[CONDITIONS[setting.name]] or self.first)(subject)
         held = found not in (None, False) and (not equals or found == wanted)
         if held == setting.name.startswith('if-not-'):
-            setting.reason = 'not so: the lines of the block are left out'
             return []
         return ['%(_)' if not held else subject if found is True else found]
 
@@ -560,6 +551,8 @@ class Config:
         text = read_file(file)
         if text is None:
             why = 'only files can be read' if '://' in file else 'is it there, and may we read it?'
+            if setting.where == COMMAND_LINE:
+                raise ConfigError(f"can't read {file}: {why}")
             setting.errors.append(f"can't read {file}: {why}")
             return []
         self.files.append((file, section))
@@ -646,8 +639,6 @@ class Config:
 
 def show_config(config):
     """Print each line of the configuration: its fate, name = value, where it stands, a remark. No secrets."""
-    if config.errors and not config.files:
-        raise ConfigError(config.errors[0])
     variables = [(setting.name, setting.value) for setting in config.settings] + list(os.environ.items())
     variables += [item.partition('=')[::2] for item in config.env]
     secrets = [value.strip() for name, value in variables if is_secret(name) and len(value) > 5]
