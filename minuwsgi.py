@@ -302,6 +302,8 @@ KINDS = {
     'word': ('a name or an address', lambda text: text or None, None),
     'log': ('file:PATH or stdio', lambda text: text.partition('file:')[2] or None, None),
     'text': ('any text', str, None)}
+
+# What uWSGI takes literally and nobody means.
 DOUBTS = {'{{': "a template that wasn't filled in", '$(': 'there is no such variable in the environment',
           '$': 'variables of the environment are written $(NAME)'}
 
@@ -325,7 +327,8 @@ class Option:
         result = self.default or 0 if numeric and boolean else self.convert(value)
         if self.allowed and not self.allowed(result):
             raise ValueError
-        if boolean and self.kind in ('path', 'word') or numeric and str(result) != value:
+        if (boolean and self.kind in ('path', 'word') or numeric and str(result) != value
+                or self.kind == 'log' and not result and 'stdio' not in value):
             doubts.append(f'{self.expected} is expected; ' + ('left out' if result is None else f'taken as {result}'))
         return result
 
@@ -374,6 +377,18 @@ def magic(text, first, this):
     return before + ''.join(str(values.get(part[:1], '%' + part[:1])) + part[1:] for part in rest)
 
 
+def sections_of(file, text):
+    """{section: [(name, value, where)]} of an INI file."""
+    sections, lines = {}, []                            # what stands in front of a section counts for nothing
+    for number, line in enumerate(map(str.strip, text.split('\n')), 1):
+        if line[:1] == '[':
+            lines = sections.setdefault(line[1:].partition(']')[0].strip(), [])
+        elif line and line[0] not in ';#':
+            name, _, value = map(str.strip, line.partition('='))
+            lines.append((name, value, f'{file}:{number}'))
+    return sections
+
+
 RELOADED = 'MINUWSGI_RELOAD'            # the variable that hands state to the new image (part 13)
 
 # What `if-file = X` and the like ask of X; what `if-env` and `if-opt` find is the text for %(_).
@@ -397,15 +412,15 @@ def fate(name, value=''):
     return 'unknown', ''
 
 
-def describe_unknown(name, value=''):
-    """What to say of a line that is no option."""
-    stranger = fate(name, value)[1]
-    if stranger:
-        return f"'{name or '=' + value}' {stranger}"
+def describe(name, value=''):
+    """What to say of a line that does nothing."""
+    kind, reason = fate(name, value)
+    if reason:
+        return f"'{name or '=' + value}' " + "isn't supported; instead: " * (kind == 'unsupported') + reason
     import difflib
     known = [*BY_NAME, *(pattern for pattern, fate, _ in PATTERNS if fate != 'unknown' and pattern[-1] != '*')]
     meant = ([long for long, short in zip(known, known[1:]) if short == f'-{name}']
-             or difflib.get_close_matches(name, known, 1, 0.75)
+             or difflib.get_close_matches(name.partition(' ')[0], known, 1, 0.75)
              or [long for long in known if name and long.startswith(f'{name}-')])
     return f"unknown option '{name}'" + (f", did you mean '{meant[0]}'?" if meant else '')
 
@@ -439,7 +454,7 @@ def command_line(arguments):
         option = BY_NAME.get(name)
         optional = not option or option.kind == 'octal'
         if not option and fate(name)[0] == 'unknown':
-            raise ConfigError(f'command line: {argument}: {describe_unknown(name)}; see --help')
+            raise ConfigError(f'command line: {argument}: {describe(name)}; see --help')
         if not equals and not (option and option.kind == 'flag'):
             if rest and rest[0][:1] != '-' and not (optional and target(rest[0])):
                 value = rest.pop(0)
@@ -556,18 +571,14 @@ class Config:
             setting.errors.append(f"can't read {file}: {why}")
             return []
         self.files.append((file, section))
-        lines, sections = [], []
-        for number, line in enumerate(map(str.strip, magic(text, self.files[0], self.files[-1]).split('\n')), 1):
-            self.variables.update(line.partition('%(')[2].replace('(', ' ').replace(')', ' ').split())
-            if line[:1] == '[':
-                sections.append(line[1:].partition(']')[0].strip())
-            elif line and line[0] not in ';#' and sections[-1:] == [section]:
-                name, _, value = map(str.strip, line.partition('='))
-                lines.append((name, value, f'{file}:{number}'))
+        text = magic(text, self.files[0], self.files[-1])
+        for rest in text.split('%(')[1:]:
+            self.variables.update(rest.partition('\n')[0].replace('(', ' ').replace(')', ' ').split())
+        sections = sections_of(file, text)
         if section not in sections:
-            others = ', '.join(f'{file}:{name}' for name in dict.fromkeys(sections))
-            setting.warnings.append(f'{file}: there is no section [{section}], try {others or "another file"}')
-        return lines
+            others = ', '.join(f'{file}:{name}' for name in sections) or 'another file'
+            setting.warnings.append(f'{file}: there is no section [{section}], try {others}')
+        return sections.get(section, [])
 
     def first(self, name):
         """The value of the first line with this name, for %(name)."""
@@ -603,14 +614,13 @@ class Config:
         """The final fate of a line, now that all names in %(...) are known."""
         dashed = setting.name.replace('_', '-')
         if setting.fate == 'unknown' and (setting.name in self.variables or setting.where.startswith('environment')):
-            setting.fate = 'variable'
+            setting.fate, setting.reason = 'variable', ''
         elif setting.fate == 'unknown' and fate(dashed)[0] != 'unknown':
             setting.warnings.append(f"'{setting.name}' is written '{dashed}'")
             setting.name, (setting.fate, setting.reason) = dashed, fate(dashed, setting.value)
-        if setting.fate == 'unknown':
-            setting.warnings.append(describe_unknown(setting.name, setting.value))
-        if setting.fate == 'unsupported':
-            setting.warnings.append(f"'{setting.name}' isn't supported; instead: {setting.reason}")
+        if setting.fate in ('unknown', 'unsupported'):
+            setting.warnings.append(describe(setting.name, setting.value))
+            setting.reason = ''
 
     def use(self, setting):
         """Fill in the value and set the attribute."""
@@ -647,7 +657,7 @@ def show_config(config):
         value, (name, equals, _) = setting.value, setting.value.partition('=')
         if is_secret(setting.name) or setting.name == 'env' or equals and is_secret(name):
             value = '***' if is_secret(setting.name) or not equals else f'{name}=***'
-        remark = '; '.join([*setting.warnings, *setting.errors] or [setting.reason])
+        remark = '; '.join(filter(None, [*setting.warnings, *setting.errors, setting.reason]))
         line = f'{setting.fate:12}{setting.name} = {value}  ({setting.where})  {remark}'.rstrip()
         for secret in secrets:
             line = line.replace(secret, '***')
@@ -661,12 +671,9 @@ def usage():
     for group, options in itertools.groupby(ROWS, lambda option: option.group):
         lines.append(f'{group}:')
         for option in options:
-            if option.meaning.startswith('the same'):
-                lines[-1] += f'; --{option.name}'
-                continue
-            name = ', '.join([f'--{option.name}', *(name for name in option.names if name[0] == '-')])
-            name += ' V' * (option.kind != 'flag')
-            lines.append(f'  {name:26} {option.meaning}' + (f' [{option.default}]' if option.default else ''))
+            names = ', '.join([f'--{option.name}', *(name for name in option.names if name[0] == '-')])
+            names += ' V' * (option.kind != 'flag')
+            lines.append(f'  {names:26} {option.meaning}' + (f' [{option.default}]' if option.default else ''))
     return '\n'.join(lines)
 
 
