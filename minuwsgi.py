@@ -416,7 +416,8 @@ def describe(name, value=''):
     """What to say of a line that does nothing."""
     kind, reason = fate(name, value)
     if reason:
-        return f"'{name or '=' + value}' " + "isn't supported; instead: " * (kind == 'unsupported') + reason
+        instead = "isn't supported; instead: " if kind == 'unsupported' else ''
+        return f"'{name or '=' + value}' {instead}{reason}"
     import difflib
     known = [*BY_NAME, *(pattern for pattern, fate, _ in PATTERNS if fate != 'unknown' and pattern[-1] != '*')]
     meant = ([long for long, short in zip(known, known[1:]) if short == f'-{name}']
@@ -517,9 +518,9 @@ class Config:
         """Take lines (name, value, where); those that a line brings come next."""
         lines = collections.deque(lines)
         while lines:
-            setting, brought = Setting(*lines.popleft()), []
+            setting = Setting(*lines.popleft())
             self.settings.append(setting)
-            option = BY_NAME.get(setting.name)
+            option, brought = BY_NAME.get(setting.name), []
             if setting.name in BLOCKS:
                 brought = self.block(setting, lines)
             elif option is BY_NAME['ini']:
@@ -533,10 +534,12 @@ class Config:
     def block(self, setting, lines):
         """The lines up to the end of an if or for, once for each text that %(_) stands for."""
         body, file = [], setting.where.rpartition(':')[0]
-        while lines and lines[0][0] not in ENDS and lines[0][2].rpartition(':')[0] == file:
+        for name, _, where in tuple(lines):
+            if name in ENDS or where.rpartition(':')[0] != file:
+                break
             body.append(lines.popleft())
-            if body[-1][0] in BLOCKS:
-                setting.errors.append(f'{body.pop()[0]} within another block: there are no nested blocks')
+            if name in BLOCKS:
+                setting.errors.append(f'{name} within another block: there are no nested blocks')
         if not lines or lines[0][0] not in ENDS:
             setting.warnings.append('a block has no end; it ends with the file')
         texts = self.texts_of_block(setting)
