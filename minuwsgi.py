@@ -445,8 +445,7 @@ def command_line(arguments):
         argument = rest.pop(0)
         if argument[:1] != '-':
             if not target(argument):
-                raise ConfigError(f'command line: what is {argument!r}? A .ini or .py file or module:callable is '
-                                  'expected; options begin with --')
+                raise ConfigError(f'command line: what is {argument!r}? FILE.ini, FILE.py or MODULE:NAME is expected')
             targets.append((target(argument), argument, COMMAND_LINE))
             continue
         name, equals, value = argument[2:].partition('=')
@@ -652,9 +651,8 @@ class Config:
 
 def show_config(config):
     """Print each line of the configuration: its fate, name = value, where it stands, a remark. No secrets."""
-    variables = [(setting.name, setting.value) for setting in config.settings] + list(os.environ.items())
-    variables += [item.partition('=')[::2] for item in config.env]
-    secrets = [value.strip() for name, value in variables if is_secret(name) and len(value) > 5]
+    pairs = [pair for s in config.settings for pair in ((s.name, s.value), s.value.partition('=')[::2])]
+    secrets = [value.strip() for name, value in pairs + list(os.environ.items()) if is_secret(name) and len(value) > 5]
     sys.stdout.reconfigure(errors='backslashreplace')
     for setting in config.settings:
         value, (name, equals, _) = setting.value, setting.value.partition('=')
