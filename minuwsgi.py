@@ -66,11 +66,12 @@ __version__ = '0.1'
 # ---------------------------------------------------------------------------------------------
 # 1. Options and the INI dialect
 #
-# uWSGI's configuration is one flat list of settings (name, value, where it stands) from the
-# environment (UWSGI_*), the command line and INI files. Config gathers the list (files include files;
-# if and for blocks choose and repeat lines), then fills in $(ENV), @(file) and %(name), looks each
-# name up in the table and converts its value. Every line has a fate: used, always (needs no switch
-# here), unsupported, variable (only a name for %(name)) or unknown. All mistakes are told at once.
+# uWSGI's configuration is one flat list of lines (name, value, where it stands) from the environment
+# (UWSGI_*), the command line and INI files. Config goes over it twice. First it takes the lines in
+# their order; one may bring others, which come next (a file that is included, an if or for block).
+# Then it fills in $(ENV), @(file) and %(name), judges each line, and sets the option that it names.
+# The fate of a line: used, always (needs no switch here), unsupported, variable (only a name for
+# %(name)) or unknown. All mistakes are told at once.
 
 class ConfigError(Exception):
     """A mistake in the configuration; its text says where, what and what to do."""
@@ -80,11 +81,11 @@ class AppError(Exception):
     """The application can't be loaded."""
 
 
-# The tables are texts: one row a line, and indented lines that continue it.
+# Both tables are texts: a line without | is a heading, an indented one continues the row above.
 #
-# Options: names (the first is ours, the others are accepted, -x is the short form), kind of value (with
-# + the option may be repeated, and its values gather), default, meaning. Parser, --help and the README's
-# table come from here. A row without | is a heading.
+# OPTIONS: names (the first is ours, the others are accepted, -x is the short form), kind of value (with +
+# the option may be repeated, and its values gather), default, meaning. The parser, the defaults, --help and
+# the README's table come from here.
 OPTIONS = '''
 Application
 module wsgi -w | word | | import it: package.module or package.module:callable
@@ -96,7 +97,7 @@ chdir | path | | go to this directory first
 chdir2 | path | | go to this directory when the application is loaded
 pythonpath pp python-path | path+ | | put this directory in front of sys.path (may hold *)
 virtualenv home venv pyhome -H | path | | run with the Python of this virtual environment
-env | pair+ | | NAME=value for the application
+env | text+ | | NAME=value for the application
 import pyimport py-import python-import | word+ | | import this module before the application
 pyargv | text | | sys.argv[1:] for the application
 lazy-apps lazy | flag | false | load the application in each worker, not once before the fork
@@ -157,8 +158,8 @@ touch-reload | path+ | | reload when this file changes
 touch-chain-reload touch-workers-reload | path+ | | the same (a reload is always one worker after another)
 Log and statistics
 logto logto2 | path | | log to this file
-logger | text+ | | log to file:PATH or stdio
-req-logger logger-req | text+ | | the same for the lines of requests alone
+logger | log+ | | log to file:PATH or stdio
+req-logger logger-req | log+ | | the same for the lines of requests alone
 log-maxsize | number | 0 | rename the log when it has so many bytes, and start a new one
 log-backupname | path | | name for it then (default: the time is added)
 log-date logdate | text | | put the time before each line (true, or a strftime format)
@@ -196,118 +197,91 @@ show-config | flag | false | print each line and what becomes of it, and exit
 check | flag | false | look for all that would stop a start, load the application, exit
 '''
 
-# uWSGI's options that need no switch here: names, reason. A * stands for any end of name=value.
-NOT_NEEDED = '''
+# FATES: what becomes of other names, and why. timer-* stands for all names with this word, cron* for those
+# with a word that begins so (cron2, unique-cron), name=value* for such values. The first that fits counts.
+FATES = '''
+always
 need-app | a start without an application fails
 enable-threads -T | the application's threads just run
 single-interpreter -i | there is one interpreter
 thunder-lock lock-engine ftok persistent-ipcsem | the kernel wakes one worker for a connection
 buffer-size -b http-buffer-size max-vars -v response-headers-limit | a head may have 64 KiB
 ignore-sigpipe ignore-write-errors disable-write-exception write-errors-* | a client that leaves is no error
-close-on-exec close-on-exec2 | no socket is inherited by what the application starts
-no-orphans | workers end when the master dies
 hook-master-start=unix_signal:15* | SIGTERM is a graceful stop
 plugin=python* plugins=python* plugin=http* plugins=http* plugin=cgi* plugins=cgi* plugin=psgi* plugins=psgi*
-    plugin=rack* plugins=rack* need-plugin=python* need-plugins=python* plugins-dir plugin-dir autoload | built in
-log-master log-master-* threaded-logger | a line is one write, whoever writes it
-harakiri-verbose harakiri-graceful-signal harakiri-no-arh no-harakiri-* py-tracebacker backtrace-depth
-    | harakiri logs the stack
-cheaper-busyness-* cheaper-algos-list cheaper-algo-list | see cheaper-algo: spare or backlog
-http-keepalive | connections are kept, for http-timeout
-log-reopen | the log follows its name
+    plugin=rack* plugins=rack* plugins-dir plugin-dir autoload | built in
+log-master-* threaded-logger log-reopen | a line is one write, whoever writes it; the log follows its name
+http-keepalive http-auto-chunked http-chunked-input http-raw-body http-manage-expect http-processes http-workers
+    http-cheap http-events http-quiet http-harakiri http-connect-timeout http-uid http-gid chunked-input-*
+    | the workers speak HTTP/1.1 themselves and keep connections
+http-headers-timeout send-timeout-* write-timeout-* | socket-timeout holds for it
 post-buffering post-buffering-bufsize | a body is read when the application asks for it
-memory-report -m | stats has the memory of each worker
-wsgi-strict wsgi-env-behavior wsgi-env-behaviour wsgi-disable-file-wrapper | WSGI is as PEP 3333 says
-http-auto-chunked http-chunked-input http-raw-body http-manage-expect chunked-input-* http-processes http-workers
-    http-cheap http-events http-quiet http-harakiri http-connect-timeout http-uid http-gid
-    | the workers speak HTTP/1.1 themselves, there is no router process
-http-headers-timeout so-send-timeout so-write-timeout socket-send-timeout socket-write-timeout
-    | socket-timeout holds for it
-tcp-nodelay no-defer-accept no-fd-passing skip-zero disable-sendfile honour-stdin http-server-name-as-http-host
-    drop-after-init | it is so, or the server does what fits
-py-call-osafterfork py-call-uwsgi-fork-hooks | os.register_at_fork() works
-no-default-app | what is not mounted is answered with 404
-check-interval forkbomb-delay max-apps mem-collector-freq min-worker-lifetime | there is no such limit
-stats-min stats-minified stats-no-* metrics-no-cores | stats is short
-cheaper-list loop-list loops-list clock-list clocks-list plugin-list plugins-list logger-list loggers-list alarm-list
-    alarms-list imperial-monitor* | nothing is pluggable
-'''
-
-# uWSGI's options that aren't supported: names, what to use instead.
-NOT_SUPPORTED = '''
-attach-daemon* attach-control-daemon smart-attach-daemon* daemons-honour-stdin | a systemd unit each
-cron* unique-cron* unique-legion-cron timer rbtimer signal-timer signal-rbtimer | a systemd timer or cron
-mule* farm spooler* -Q touch-mules-reload touch-spoolers-reload | celery, rq or a systemd unit
-hook-* exec-* call-* mount-* umount-* worker-mount after-request-* file-write touch-exec wait-* check-mount*
-    mountpoint-check | ExecStartPre= of the systemd unit, or a start script
-gevent* async ugreen* loop greenlet asyncio tornado | threads; for async code an ASGI server
-websocket* http-websockets | an ASGI server beside it
-cache* add-cache-item load-file-in-cache* check-cache static-cache-* queue* sharedarea -A py-sharedarea
-    | nginx's proxy cache, redis or memcached
-route* error-route* final-route* response-route* collect-header pull-header response-header-collect del-header
-    rem-header error-page-* error-page vhost* http-var http-to-https | nginx's location, rewrite and add_header
-enable-proxy-protocol http-enable-proxy-protocol | nginx's proxy_protocol
-https* ssl-* sni* suwsgi-socket | nginx for TLS
-http-* fastrouter* rawrouter* sslrouter* forkptyrouter* corerouter* subscri* unsubscribe-* start-unsubscribed st
-    multicast* zerg* weight auto-weight | nginx's upstream
-fastcgi-* scgi-* raw-* puwsgi-socket udp remap-modifier allowed-modifiers cgi-mode | the uwsgi protocol or HTTP
-abstract-socket -a | socket = @name
-shared-socket undeferred-shared-socket map-socket reuse-port | socket; all workers accept from it
-emperor* vassal* early-emperor heartbeat notify-socket | one systemd unit for each site
-legion* lord* | keepalived
-alarm* log-alarm lq-alarm backlog-alarm listen-queue-alarm segfault-alarm | monitor stats and the log
-log-route log-req-route log-encoder log-req-encoder log-prefix log-syslog log-socket rsyslog-* logfile-* log-truncate
-    touch-log* | log-format and logger; journald or logrotate for the rest
-log-ioerror log-sendfile | log-4xx, log-5xx, log-slow
-cheap | cheaper = 1, or socket activation with die-on-idle
-log-micros log-format-strftime logformat-strftime | log-format with %(micros), %(ltime)
-metric* enable-metrics carbon* rrdtool* snmp* stats-push* nagios | an exporter that reads stats
-master-fifo fs-reload fs-brutal-reload fs-signal touch-signal signal* | touch-reload, or kill -HUP
-harakiri-queue-threshold cheaper-rss-limit-* | harakiri, reload-on-rss
-reload-on-exception* reload-on-fd brutal-reload-on-fd catch-exceptions exception-handler | the log
-exit-on-reload shutdown-sockets propagate-touch reload-os-env | kill -TERM
+harakiri-verbose harakiri-graceful-signal arh-* no-harakiri-* py-tracebacker backtrace-depth | harakiri logs the stack
+memory-report -m stats-min* stats-no-* metrics-no-cores | stats is short, and has the memory of each worker
+cheaper-busyness-* | see cheaper-algo: spare or backlog
+wsgi-strict wsgi-env-* wsgi-disable-file-wrapper py-call-* no-orphans close-on-exec close-on-exec2 no-default-app
+    tcp-nodelay no-defer-accept no-fd-passing skip-zero disable-sendfile honour-stdin http-server-name-as-http-host
+    drop-after-init check-interval forkbomb-delay max-apps mem-collector-freq min-worker-lifetime
+    | it is so, or the server does what fits
+unsupported
+attach-* daemons-honour-stdin emperor* vassal* heartbeat notify-socket | a systemd unit each
+cron* timer-* rbtimer signal-rbtimer | a systemd timer or cron
+chroot pivot* refork* re-fork* unshare* namespace* ns-* setns* jailed tuntap* cgroup* limit-nproc prio cpu-affinity
+    never-swap ksm envdir-* unenv | the systemd unit, or a container
+gevent* websocket* async ugreen* loop greenlet asyncio tornado | threads; for async code an ASGI server
+cheap cheaper-rss-limit-* harakiri-queue-threshold worker-mount | cheaper, reload-on-rss, harakiri, mount
+hook-* call-* exec-* mount-* umount-* mountpoint* wait-for-* wait-i* file-write | ExecStartPre=, or a start script
 master-as-root immediate-uid immediate-gid add-gid no-initgroups drop-after-apps | uid and gid
-chroot pivot-root pivot_root refork* re-fork* unshare* namespace* ns ns-net setns* jailed tuntap* cgroup* limit-nproc
-    prio cpu-affinity never-swap ksm | the systemd unit, or a container
-optimize -O no-site py-programname py-program-name py-executable py-sys-executable python-version config-py
-    | options of the python3 that starts minuwsgi
-py python eval pyrun pyshell* web3* pump* wsgi-lite* pecan paste* ini-paste* symcall* pymodule-alias dlopen
-    post-pymodule-alias shared-import shared-py* python-raw python-worker-override py-auto-reload-ignore test -J
-    thread-stack* threads-stack* | a small wsgi-file that does it
-wsgi-accept-buffer wsgi-accept-buffers start_response-nodelay | bytes, see PEP 3333
-php* ruby* rbrequire lua* perl* jvm* mono* v8* go-* glusterfs* gridfs* rados* webdav* xslt* ldap*
-    | the language's own server, or `cgi`
-static-map-* static-expires-* static-gzip-* static-skip-ext file-serve-mode fileserve-mode mime-file mimefile
-    honour-range check-static-docroot upload-progress | nginx for more than plain files
-xml xmlconfig yaml yml json js -x -y -j | an INI file
-blacklist end-blacklist whitelist end-whitelist declare-option* fallback-config inject-* resolve get | plain options
-plugin plugins need-plugin need-plugins build-plugin* dot-h cflags | nothing is pluggable
-stop reload pause suspend resume help -h usage version | the command line: --stop, --reload, --help, --version
-envdir early-envdir unenv | env, or the environment of the systemd unit
-flock* | the pidfile is a lock
-cgi-* | cgi-helper, cgi-index, cgi-allowed-ext, cgi-timeout
-freebind so-keepalive socket-sndbuf socket-rcvbuf tcp-fast* | net.* of sysctl
-ignore-script-name | nginx's uwsgi_param SCRIPT_NAME ''
-ping* reaper -r safe-fd fd-safe no-server no-threads-wait body-read-warning command-mode force-* clock locks rpc-max
-    profiler mode extract connect-and-read dump-options print-sym* binary-* binsh privileged-* unprivileged-*
-    skip-atexit* use-abort -c | nothing, it is left out
-'''
-
-# Lines that stray into a uwsgi.ini: names, remark.
-STRANGERS = '''
-<<<<<<<* ======* >>>>>>>* |||||||* | is a mark of a merge conflict: choose one side
-autostart autorestart redirect_stderr command stdout_logfile* stderr_logfile* startsecs startretries stopwaitsecs
-    stopsignal stopasgroup killasgroup numprocs process_name | belongs to supervisord
-user group directory environment | belongs to supervisord or systemd; here it's uid, gid, chdir, env
-uwsgi_* proxy_* server_name location upstream server access_log error_log client_max_body_size root alias
-    | belongs to nginx
+log-route log-req-route encoder-* log-prefix log-syslog log-socket log-truncate log-ioerror log-micros log-sendfile
+    strftime-* rsyslog-* logfile-* logrotate-* logreopen-* | log-format, log-4xx, log-5xx, log-slow, logger; journald
+alarm* metric* carbon* rrdtool* snmp* stats-push* nagios reload-on-exception* reload-on-fd-* catch-exceptions
+    exception-handler | a monitor that reads stats and the log
+route* vhost* error-page* header-* proxy-protocol* ignore-script-name https* ssl-* sni* suwsgi-socket http-* fastrouter*
+    rawrouter* sslrouter* forkptyrouter* corerouter* subscri* unsubscribe* st multicast* zerg* weight-* static-expires-*
+    static-gzip-* static-skip-ext file-serve-mode fileserve-mode mime* honour-range check-static-docroot upload-progress
+    | nginx: location, rewrite, add_header, upstream, gzip, TLS
+mule* farm spooler -Q spooler* cache* queue* sharedarea -A py-sharedarea | celery, rq, redis, nginx's proxy_cache
+eval optimize -O no-site py py-program* py-executable py-sys-executable py-auto-reload-ignore python python-version
+    python-raw python-worker-override pyrun pyshell* pymodule-alias post-pymodule-alias config-py web3* pump* wsgi-lite*
+    pecan paste* ini-paste* symcall* dlopen shared-import shared-py* test -J thread-stack* threads-stack*
+    | options of the python3 that starts minuwsgi, or a small wsgi-file
+php* ruby* rbrequire lua* perl* jvm* mono* v8* go-* glusterfs* gridfs* rados* webdav* xslt* ldap* cgi-mode -c cgi-*
+    | the language's own server, or cgi with cgi-helper, cgi-index, cgi-allowed-ext
+fastcgi* scgi* raw-* udp modifier* abstract-socket -a map-socket socket-* reuse-port freebind so-keepalive tcp-fast*
+    | socket, which speaks uwsgi or HTTP and may be @name; net.* of sysctl
+xml -x xmlconfig yaml -y yml json -j js blacklist-* whitelist-* declare-option* fallback-config inject-* resolve get
+    exit | an INI file with plain options
+stop reload pause suspend resume help -h usage version master-fifo fs-* signal-* signals-*
+    | --stop, --reload, --help, --version; touch-reload
+ping ping-timeout reaper -r safe-fd fd-safe no-server no-threads-wait body-read-warning command-mode force-* clock locks
+    rpc-max profiler mode extract connect-and-read dump-options print-sym* binary-* binsh privileged-* unprivileged-*
+    skip-atexit* use-abort exit-on-reload shutdown-sockets propagate-touch reload-os-env wsgi-accept-buffer* flock*
+    start_response-nodelay legion* lord* | nothing, it is left out
+plugin plugins need-plugin need-plugins build-plugin dot-h cflags list-* | nothing is pluggable
+unknown
+<<<<<<<* ======* >>>>>>>* | is a mark of a merge conflict: choose one side
+{{* {%* <%* | is a template that wasn't filled in
+autostart autorestart redirect_stderr stdout_logfile* stderr_logfile* startsecs stopsignal | belongs to supervisord
+user group directory environment command | belongs to supervisord or systemd; here it's uid, gid, chdir, env
+uwsgi_* proxy_* server_name location upstream server access_log error_log client_max_body_size | belongs to nginx
 ExecStart* Restart* WantedBy Type KillSignal WorkingDirectory User Group After | belongs to a systemd unit
 use paste.* [* | belongs to PasteDeploy or another program
 '''
 
 
-def rows(table):
-    return table.strip().replace('\n    ', ' ').split('\n')
+def table(text):
+    """(heading, cells) of each row of a table."""
+    for line in text.strip().replace('\n    ', ' ').split('\n'):
+        if '|' not in line:
+            heading = line
+        else:
+            yield heading, [cell.strip() for cell in line.split('|')]
+
+
+def leading_number(text):
+    """The digits at the front, as C's atoi() reads them, or None."""
+    digits = ''.join(itertools.takewhile(str.isdecimal, text.lstrip('-')))[:18]
+    return int(digits) * (-1 if text[0] == '-' else 1) if digits else None
 
 
 BOOLEANS = {'true': True, 'yes': True, 'on': True, '': True, 'false': False, 'no': False, 'off': False}
@@ -315,35 +289,54 @@ BOOLEANS = {'true': True, 'yes': True, 'on': True, '': True, 'false': False, 'no
 # Kinds of values: what is expected, the conversion (or a ValueError), what must hold of its result.
 KINDS = {
     'flag': ('true or false', lambda text: BOOLEANS.get(text.lower(), text != '0'), None),     # all else means yes
-    'number': ('a whole number', int, lambda number: 0 <= number < 1 << 43),
-    'positive': ('a whole number greater than 0', int, lambda number: number > 0),
-    'seconds': ('a number of seconds', lambda text: float(text) if '.' in text else int(text),
+    'number': ('a whole number', leading_number, lambda number: 0 <= number < 1 << 43),
+    'positive': ('a whole number greater than 0', leading_number, lambda number: 0 < number < 1 << 43),
+    'seconds': ('a number of seconds', lambda text: float(text) if '.' in text else leading_number(text),
                 lambda time: 0 <= time < 1e9),
     'octal': ('an octal mode such as 660', lambda text: 0o666 if text == '1' or BOOLEANS.get(text.lower()) else
               int(text, 8), lambda mode: 0 <= mode <= 0o777),
     'protocol': ('uwsgi or http', lambda text: text.replace('http11', 'http'), lambda name: name in ('uwsgi', 'http')),
-    'path': ('a path', str, None),
-    'word': ('a name or an address', str, None),
-    'pair': ('name=value', str, lambda pair: pair.find('=') > 0),
-    'text': ('any text', str, None),
     'network': ('an address or a network such as 10.0.0.0/8',
-                lambda text: __import__('ipaddress').ip_network(text, strict=False), None)}
+                lambda text: __import__('ipaddress').ip_network(text, strict=False), None),
+    'pair': ('name=value', str, lambda pair: pair.find('=') > 0),
+    'path': ('a path', lambda text: text or None, None),
+    'word': ('a name or an address', lambda text: text or None, None),
+    'log': ('file:PATH or stdio', lambda text: text.partition('file:')[2] or None, None),
+    'text': ('any text', str, None)}
+
+# What uWSGI takes literally and nobody means.
+DOUBTS = {'{{': "a template that wasn't filled in", '$(': 'there is no such variable in the environment',
+          '$': 'variables of the environment are written $(NAME)'}
 
 
 class Option:
     """A row of OPTIONS."""
 
-    def __init__(self, row):
-        names, self.kind, default, self.meaning = (cell.strip() for cell in row.split('|'))
-        self.names = names.split()
+    def __init__(self, group, names, kind, default, meaning):
+        self.group, self.names, self.meaning = group, names.split(), meaning
         self.name, self.attribute = self.names[0], self.names[0].replace('-', '_')
-        self.kind, self.many = self.kind.rstrip('+'), self.kind[-1] == '+'
+        self.kind, self.many = kind.rstrip('+'), kind[-1] == '+'
         self.expected, self.convert, self.allowed = KINDS[self.kind]
         self.default = () if self.many else self.convert(default) if default else None
 
+    def read(self, value, doubts):
+        """The value for the attribute; an exception if it can't be meant. What is odd about it is added to doubts."""
+        doubts += [doubt for mark, doubt in DOUBTS.items() if mark in value and self.kind != 'text'][:1]
+        if value[:1] in ('"', "'") and value[-1:] == value[:1] and self.kind != 'text':
+            doubts.append('the quotes are a part of the value; leave them out')
+        boolean, numeric = value.lower() in BOOLEANS, self.kind in ('number', 'positive', 'seconds')
+        result = self.default or 0 if numeric and boolean else self.convert(value)
+        if self.allowed and not self.allowed(result):
+            raise ValueError
+        if (boolean and self.kind in ('path', 'word') or numeric and str(result) != value
+                or self.kind == 'log' and not result and 'stdio' not in value):
+            doubts.append(f'{self.expected} is expected; ' + ('left out' if result is None else f'taken as {result}'))
+        return result
 
-ROWS = [Option(row) for row in rows(OPTIONS) if '|' in row]
+
+ROWS = [Option(group, *cells) for group, cells in table(OPTIONS)]
 BY_NAME = {name: option for option in ROWS for name in option.names}
+PATTERNS = [(pattern, fate, reason) for fate, (names, reason) in table(FATES) for pattern in names.split()]
 
 
 def glob_sorted(pattern):
@@ -351,63 +344,50 @@ def glob_sorted(pattern):
     return sorted(glob.glob(pattern))
 
 
-def leading_number(value):
-    """As C's atoi(): the digits at the front, or 0."""
-    digits = ''.join(itertools.takewhile(str.isdecimal, value.lstrip('-')))
-    return int(digits[:18] or '0') * (-1 if value[:1] == '-' else 1)
-
-
 def substitute(opening, value, replacement):
     """Replace each opening...) (parentheses balanced) by replacement(...); None leaves it as it is."""
-    out, at = '', 0
-    while (start := value.find(opening, at)) >= 0:
-        end, depth = start + len(opening), 1
-        while depth and end < len(value):
-            depth += {'(': 1, ')': -1}.get(value[end], 0)
-            end += 1
-        if depth:
-            break
-        new = replacement(value[start + len(opening):end - 1])
-        out += value[at:start] + (value[start:end] if new is None else new)
-        at = end
-    return out + value[at:]
+    before, _, rest = value.partition(opening)
+    depth = 1
+    for end, char in enumerate(rest):
+        depth += (char == '(') - (char == ')')
+        if not depth:
+            new = replacement(rest[:end])
+            return (before + (f'{opening}{rest[:end]})' if new is None else new)
+                    + substitute(opening, rest[end + 1:], replacement))
+    return value
 
 
-NOT_RUN = '@({}): only files can be read, nothing is run; set a variable before the start and use $(VARIABLE)'
+def read_file(name):
+    """The content of a file, less one line end; None if it can't be read."""
+    with contextlib.suppress(OSError, ValueError), open(name, encoding='utf-8-sig', errors='surrogateescape') as file:
+        return file.read().removesuffix('\n')
 
 
-def read_file(name, refusal="can't read {}: only files can be read"):
-    """The content of a file, less one line end."""
-    if '://' in name:
-        raise ConfigError(refusal.format(name))
-    try:
-        with open(name, encoding='utf-8-sig', errors='surrogateescape') as file:
-            return file.read().removesuffix('\n')
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"can't read {name}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def magic(*places):
-    """What %n, %d, %k … stand for. Places: (file, section) of the first file (upper case) and of the one at hand."""
-    import grp
-    import pwd
-    uid, gid = os.getuid(), os.getgid()
-    values = {'b': os.path.abspath(__file__), 'v': os.getcwd(), 'V': __version__, 'h': socket.gethostname(),
-              'k': os.cpu_count(), 't': int(time.time()), 'T': int(time.time() * 1e6), 'u': uid, 'g': gid,
-              'U': uid, 'G': gid, '[': '\33', '\0': '%'}
-    with contextlib.suppress(KeyError):                 # a container's user may have no name
-        values['U'], values['G'] = pwd.getpwuid(uid)[0], grp.getgrgid(gid)[0]
-    for (file, section), case in zip(places, (str.upper, str)):
-        path, digest = os.path.abspath(file), 5381
-        for byte in os.fsencode(path):
-            digest = digest * 33 & 0xffffffff ^ byte
+def magic(text, first, this):
+    """Fill in %n, %d … for this (file, section), %N, %D … for the first; an unknown one stays (uWSGI drops it)."""
+    values = {'v': os.getcwd(), 'V': __version__, 'h': socket.gethostname(), 'k': os.cpu_count(),
+              't': int(time.time()), 'u': os.getuid(), 'g': os.getgid(), '\0': '%'}
+    for letters, (file, section) in ('OPSNEDCX', first), ('opsnedcx0123456789', this):
+        path = os.path.abspath(file)
         directory, base = os.path.split(path)
         stem, extension = os.path.splitext(base)
-        its = {'o': file, 'p': path, 's': base, 'n': stem, 'e': extension[1:], 'd': directory.rstrip('/') + '/',
-               'c': os.path.basename(directory), 'x': '' if section == 'uwsgi' else section,
-               'i': os.stat(file).st_ino, 'j': digest.to_bytes(4, 'little').hex().upper()}
-        values.update((case(letter), value) for letter, value in its.items())
-    return {**values, **dict(zip('0123456789', directory.strip('/').split('/') + [''] * 10))}
+        values.update(zip(letters, [
+            file, path, base, stem, extension[1:], os.path.join(directory, ''), os.path.basename(directory),
+            '' if section == 'uwsgi' else section, *directory.strip('/').split('/'), *[''] * 10]))
+    before, *rest = text.replace('%%', '%\0').split('%')
+    return before + ''.join(str(values.get(part[:1], '%' + part[:1])) + part[1:] for part in rest)
+
+
+def sections_of(file, text):
+    """{section: [(name, value, where)]} of an INI file."""
+    sections, lines = {}, []                            # what stands in front of a section counts for nothing
+    for number, line in enumerate(map(str.strip, text.split('\n')), 1):
+        if line[:1] == '[':
+            lines = sections.setdefault(line[1:].partition(']')[0].strip(), [])
+        elif line and line[0] not in ';#':
+            name, _, value = map(str.strip, line.partition('='))
+            lines.append((name, value, f'{file}:{number}'))
+    return sections
 
 
 RELOADED = 'MINUWSGI_RELOAD'            # the variable that hands state to the new image (part 13)
@@ -416,40 +396,34 @@ RELOADED = 'MINUWSGI_RELOAD'            # the variable that hands state to the n
 TESTS = {'file': os.path.isfile, 'dir': os.path.isdir, 'directory': os.path.isdir, 'exists': os.path.exists,
          'hostname': lambda name: socket.gethostname() == name, 'reload': lambda _: RELOADED in os.environ,
          'plugin': lambda name: name.startswith(('python', 'http', 'cgi')), 'env': os.environ.get, 'opt': None}
-CONDITIONS = {prefix + test: (prefix, test) for test in TESTS for prefix in ('if-', 'if', 'if-not-')}
-LOOPS = {'for': str.split, 'for-glob': glob_sorted, 'for-readline': lambda name: read_file(name).split('\n'),
-         'for-times': lambda times: [str(i + 1) for i in range(min(leading_number(times), 10000))]}
+CONDITIONS = {prefix + test: test for test in TESTS for prefix in ('if-', 'if', 'if-not-')}
+LOOPS = {'for': str.split, 'for-glob': glob_sorted, 'for-readline': lambda name: (read_file(name) or '').splitlines(),
+         'for-times': lambda times: [str(i + 1) for i in range(min(leading_number(times) or 0, 10000))]}
 BLOCKS, ENDS = {*CONDITIONS, *LOOPS}, {'endif', 'end-if', 'endfor', 'end-for', 'end'}
 
 
 def fate(name, value=''):
     """(fate, reason): what becomes of a line."""
-    if name in BY_NAME or name in BLOCKS or name in ENDS or name == 'exit':
+    if name in BY_NAME or name in BLOCKS or name in ENDS:
         return 'used', ''
-    for kind, table in ('always', NOT_NEEDED), ('unsupported', NOT_SUPPORTED), ('unknown', STRANGERS):
-        for row in rows(table):
-            patterns, _, reason = row.rpartition(' | ')
-            for pattern in patterns.split():
-                if name == pattern or pattern[-1] == '*' and f'{name}={value}'.startswith(pattern[:-1]):
-                    return kind, reason
+    for pattern, fate, reason in PATTERNS:
+        text = f'-{name}={value}' if '=' in pattern else f'-{name}-'
+        if name == pattern or pattern[-1] == '*' and f'-{pattern[:-1]}' in text:
+            return fate, reason
     return 'unknown', ''
 
 
-def describe_unknown(name, value=''):
-    """What to say of a line that is no option."""
-    stranger = fate(name, value)[1]
-    if stranger:
-        return f"'{name or '=' + value}' {stranger}"
-    if '{{' in name or '{%' in name:
-        return f"'{name}' is a template that wasn't filled in"
-    first, _, rest = name.partition(' ')
-    if rest and fate(first)[0] != 'unknown':
-        return f"'{name}' is no option; is a = missing? {first} = {rest}{value and '='}{value}"
+def describe(name, value=''):
+    """What to say of a line that does nothing."""
+    kind, reason = fate(name, value)
+    if reason:
+        instead = "isn't supported; instead: " if kind == 'unsupported' else ''
+        return f"'{name or '=' + value}' {instead}{reason}"
     import difflib
-    known = [row.split('|')[0].split() for row in rows(OPTIONS + NOT_NEEDED + NOT_SUPPORTED) if '|' in row]
-    names = [n for row in known for n in row if n[0] != '-' and n[-1] != '*']
-    meant = ([row[0] for row in known if '-' + name in row] or difflib.get_close_matches(name, names, 1, 0.75)
-             or [n for n in names if n.startswith(name + '-')])
+    known = [*BY_NAME, *(pattern for pattern, fate, _ in PATTERNS if fate != 'unknown' and pattern[-1] != '*')]
+    meant = ([long for long, short in zip(known, known[1:]) if short == f'-{name}']
+             or difflib.get_close_matches(name.partition(' ')[0], known, 1, 0.75)
+             or [long for long in known if name and long.startswith(f'{name}-')])
     return f"unknown option '{name}'" + (f", did you mean '{meant[0]}'?" if meant else '')
 
 
@@ -470,20 +444,18 @@ def command_line(arguments):
     rest, lines, targets = list(arguments), [], []
     while rest:
         argument = rest.pop(0)
-        if target(argument) and argument[0] != '-':
+        if argument[:1] != '-':
+            if not target(argument):
+                raise ConfigError(f'command line: what is {argument!r}? FILE.ini, FILE.py or MODULE:NAME is expected')
             targets.append((target(argument), argument, COMMAND_LINE))
             continue
         name, equals, value = argument[2:].partition('=')
         if argument[:2] != '--':
             name, equals, value = argument[:2], argument[2:], argument[2:].lstrip('=')
-        begun = {option for known, option in BY_NAME.items() if known.startswith(name.replace('_', '-'))}
-        option = begun.pop() if len(begun) == 1 else BY_NAME.get(name)              # as getopt_long() allows
+        option = BY_NAME.get(name)
         optional = not option or option.kind == 'octal'
-        if argument[:1] != '-':
-            raise ConfigError(f'command line: what is {argument!r}? A .ini or .py file or module:callable is expected; '
-                              'options begin with --')
         if not option and fate(name)[0] == 'unknown':
-            raise ConfigError(f'command line: {argument}: {describe_unknown(name)}; see --help')
+            raise ConfigError(f'command line: {argument}: {describe(name)}; see --help')
         if not equals and not (option and option.kind == 'flag'):
             if rest and rest[0][:1] != '-' and not (optional and target(rest[0])):
                 value = rest.pop(0)
@@ -504,31 +476,12 @@ class Setting:
         self.name, self.value, self.where = name, value, where
         self.fate, self.reason = fate(name, value)
         self.warnings, self.errors = [], []
-
-    def strip_comment(self):
-        """uWSGI keeps a comment after a value as a part of it, which is never meant."""
-        blank = f' {self.value} '.replace('\t', ' ')
-        at = min(f'{blank};'.find(' ;'), f'{blank}#'.find(' #'))
-        if at < len(self.value) and not is_secret(self.name):
-            self.warnings.append(f'{self.name}: a comment needs a line of its own, {self.value[at:]!r} is left out')
-            self.value = self.value[:at].rstrip()
-
-    def told(self, texts):
-        """Texts about it, without a secret."""
-        secret = self.value and (self.name == 'env' or is_secret(self.name))
-        return [text.replace(self.value, '***') if secret else text for text in texts]
-
-
-def doubts(value):
-    """What uWSGI takes literally and nobody means."""
-    if value[:1] in ('"', "'") and value[-1:] == value[:1]:
-        yield 'the quotes are a part of the value; leave them out'
-    if '{{' in value or '{%' in value or '<%' in value:
-        yield "a template that wasn't filled in"
-    elif '$(' in value:
-        yield f'{value}: there is no such variable in the environment'
-    elif '$' in value:
-        yield f'{value}: variables of the environment are written $(NAME)'
+        literal = name in BY_NAME and BY_NAME[name].kind == 'text' or is_secret(name)
+        words = value.split()
+        kept = list(itertools.takewhile(lambda word: word[0] not in ';#', words))
+        if kept != words and self.fate in ('used', 'unknown') and not literal:
+            self.value, comment = ' '.join(kept), ' '.join(words[len(kept):])       # uWSGI keeps it in the value
+            self.warnings.append(f'{name}: a comment needs a line of its own, {comment!r} is left out')
 
 
 class Config:
@@ -537,141 +490,113 @@ class Config:
     def __init__(self, arguments):
         self.settings, self.files = [], []              # all lines in order; (file, section) of all that was read
         self.variables, self.setters = set(), {}        # names in a %(...); option -> the setting that set it
-        for option in ROWS:
-            setattr(self, option.attribute, option.default)
+        vars(self).update((option.attribute, option.default) for option in ROWS)
         self.take((name[6:].lower().replace('_', '-'), value, f'environment {name}')
                   for name, value in os.environ.items() if name.startswith('UWSGI_'))
         self.take(command_line(arguments))
         for setting in self.settings:                   # it may grow
             if setting.name == 'inherit':
-                self.attempt(self.read_ini, setting)
+                self.take(self.read_ini(setting))
         for setting in sorted(self.settings, key=lambda setting: setting.where == COMMAND_LINE):    # it wins
             self.judge(setting)
-            self.attempt(self.use, setting)
-        self.warnings = list(dict.fromkeys(f'{s.where}: {text}' for s in self.settings for text in s.told(s.warnings)))
-        self.errors = list(dict.fromkeys(f'{s.where}: {text}' for s in self.settings for text in s.told(s.errors)))
+            self.use(setting)
+        self.warnings = list(dict.fromkeys(f'{s.where}: {text}' for s in self.settings for text in s.warnings))
+        self.errors = list(dict.fromkeys(f'{s.where}: {text}' for s in self.settings for text in s.errors))
         if self.strict:
-            self.errors += [f'{s.where}: {s.reason} (strict)' for s in self.settings if s.fate == 'unknown']
-        files = [target.partition('file:')[2] for target in self.logger if 'file:' in target]
-        self.logto = self.daemonize or self.logto or (files[-1] if files else None)
-        if self.logto:
-            self.logto = os.path.abspath(self.logto)    # before chdir, as in uWSGI
+            self.errors += [f'{s.where}: {s.warnings[-1]} (strict)' for s in self.settings if s.fate == 'unknown']
         if self.processes * self.threads > 10000:
             self.errors.append(f'processes = {self.processes}, threads = {self.threads}: 10000 in all are the most')
-        self.req_logger = [os.path.abspath(to.partition('file:')[2]) for to in self.req_logger if 'file:' in to]
+        log = self.daemonize or self.logto or (self.logger[-1] if self.logger else None)
+        self.logto = log and os.path.abspath(log)       # before chdir, as in uWSGI
+        self.req_logger = [os.path.abspath(log) for log in self.req_logger]
 
     def where(self, value):
         """'site.ini:3: ' for a value that stands in a line, for messages."""
         return next((f'{s.where}: ' for s in self.settings if s.value == value and s.fate == 'used'), '')
 
-    def attempt(self, action, setting, *rest):
-        try:
-            action(setting, *rest)
-        except ConfigError as error:
-            if setting.where == COMMAND_LINE:
-                raise
-            (setting.errors if setting.fate == 'used' else setting.warnings).append(str(error))
-
     def take(self, lines):
-        """Take lines (name, value, where); what steers the reading acts at once."""
-        lines = iter(lines)
-        for line in lines:
-            self.settings.append(Setting(*line))
-            self.attempt(self.obey, self.settings[-1], lines)
+        """Take lines (name, value, where); those that a line brings come next."""
+        lines = collections.deque(lines)
+        while lines:
+            setting = Setting(*lines.popleft())
+            self.settings.append(setting)
+            option, brought = BY_NAME.get(setting.name), []
+            if setting.name in BLOCKS:
+                brought = self.block(setting, lines)
+            elif option is BY_NAME['ini']:
+                brought = self.read_ini(setting)
+            elif option is BY_NAME['set']:
+                key, _, value = map(str.strip, setting.value.partition('='))
+                brought = [(key, value, setting.where)]
+                self.variables.update([key] if setting.name != 'set' else [])
+            lines.extendleft(reversed(brought))
 
-    def obey(self, setting, lines):
-        name, option = setting.name, BY_NAME.get(setting.name)
-        if setting.fate in ('used', 'unknown') and name != 'env' and not (option and option.kind == 'text'):
-            setting.strip_comment()
-        if name in BLOCKS:
-            self.take_block(setting, lines)
-        elif option is BY_NAME['ini']:
-            self.read_ini(setting)
-        elif option is BY_NAME['set']:
-            key, _, value = setting.value.partition('=')
-            self.take([(key.strip(), value.strip(), setting.where)])
-            if name != 'set':
-                self.variables.add(key.strip())
-        elif name == 'exit':
-            raise ConfigError(f'the configuration says exit {setting.value}'.rstrip())
-
-    def take_block(self, setting, lines):
-        """Take the lines up to the end of an if or for: as often as there are texts for %(_)."""
-        body, end = [], []
-        for line in lines:
-            if line[0] in ENDS:
-                end = [line]
+    def block(self, setting, lines):
+        """The lines up to the end of an if or for, once for each text that %(_) stands for."""
+        body, file = [], setting.where.rpartition(':')[0]
+        for name, _, where in tuple(lines):
+            if name in ENDS or where.rpartition(':')[0] != file:
                 break
-            if line[0] in BLOCKS:
-                setting.errors.append(f'{line[0]} within another block: there are no nested blocks')
-            else:
-                body.append(line)
-        else:
+            body.append(lines.popleft())
+            if name in BLOCKS:
+                setting.errors.append(f'{name} within another block: there are no nested blocks')
+        if not lines or lines[0][0] not in ENDS:
             setting.warnings.append('a block has no end; it ends with the file')
-        for text in self.texts_of_block(setting):
-            self.take((name, value.replace('%(_)', text), where) for name, value, where in body)
-        self.take(end)
+        texts = self.texts_of_block(setting)
+        setting.reason = '' if texts else 'the lines of the block are left out'
+        return [(name, value.replace('%(_)', text), where) for text in texts for name, value, where in body]
 
     def texts_of_block(self, setting):
         value = self.fill(setting.value)
         if setting.name in LOOPS:
             return LOOPS[setting.name](value)
-        prefix, test = CONDITIONS[setting.name]
-        subject, equals, wanted = (part.strip() for part in value.partition('='))
-        if test == 'opt':
-            self.variables.add(subject)
-        found = (TESTS[test] or self.first)(subject)
+        subject, equals, wanted = map(str.strip, value.partition('='))
+        found = (TESTS[CONDITIONS[setting.name]] or self.first)(subject)
         held = found not in (None, False) and (not equals or found == wanted)
-        if held == (prefix == 'if-not-'):
-            setting.reason = 'not so: the lines of the block are left out'
+        if held == setting.name.startswith('if-not-'):
             return []
         return ['%(_)' if not held else subject if found is True else found]
 
     def read_ini(self, setting):
-        """Take the section [uwsgi] of a file, or another: file:section, :section (of the last file)."""
+        """The lines of the section [uwsgi] of a file, or of another: file:section, :section (of the last file)."""
         file, section = self.fill(setting.value), 'uwsgi'
         if not os.path.exists(file) and ':' in file and '://' not in file:
             file, _, section = file.rpartition(':')
             file = file or (self.files[-1][0] if self.files else '')
         if (file, section) in self.files:
             setting.warnings.append(f'{file}:{section} was read already')
-            return
+            return []
         text = read_file(file)
+        if text is None:
+            why = 'only files can be read' if '://' in file else 'is it there, and may we read it?'
+            if setting.where == COMMAND_LINE:
+                raise ConfigError(f"can't read {file}: {why}")
+            setting.errors.append(f"can't read {file}: {why}")
+            return []
         self.files.append((file, section))
-        values = magic(self.files[0], self.files[-1]) if '%' in text else {}
-        lines, sections = [], []
-        for number, line in enumerate(text.split('\n'), 1):
-            before, *rest = line.replace('%%', '%\0').split('%')
-            for part in rest:                           # an unknown one stays (uWSGI drops it)
-                before += str(values.get(part[:1], '%' + part[:1])) + part[1:]
-            line = before.strip()
-            substitute('%(', line, self.note_variables)
-            if line[:1] == '[':
-                sections.append(line[1:].partition(']')[0].strip())
-            elif line and line[0] not in ';#' and sections[-1:] == [section]:
-                name, _, value = line.partition('=')
-                lines.append((name.strip(), value.strip(), f'{file}:{number}'))
+        text = magic(text, self.files[0], self.files[-1])
+        for rest in text.split('%(')[1:]:
+            self.variables.update(rest.partition('\n')[0].replace('(', ' ').replace(')', ' ').split())
+        sections = sections_of(file, text)
         if section not in sections:
-            others = ', '.join(f'{file}:{name}' for name in dict.fromkeys(sections))
-            setting.warnings.append(f'{file}: there is no section [{section}], so nothing is taken from it; '
-                                    + (f'try {others}' if others else 'it has no section at all'))
-        self.take(lines)
-
-    def note_variables(self, names):
-        self.variables.update(names.replace('(', ' ').replace(')', ' ').split())
+            others = ', '.join(f'{file}:{name}' for name in sections) or 'another file'
+            setting.warnings.append(f'{file}: there is no section [{section}], try {others}')
+        return sections.get(section, [])
 
     def first(self, name):
+        """The value of the first line with this name, for %(name)."""
+        self.variables.add(name)
         return next((setting.value for setting in self.settings if setting.name == name), None)
 
     def fill(self, value, within=()):
         """Fill in $(ENV), @(file) and %(name), in uWSGI's order; what isn't known stays as it is."""
         value = substitute('$(', value, os.environ.get)
-        value = substitute('@(', value, lambda name: read_file(name, NOT_RUN))
+        value = substitute('@(', value, read_file)
         return substitute('%(', value, lambda expression: self.compute(expression, within))
 
     def compute(self, expression, within):
-        """The text for %(name); %(a b) joins, %(a + b) computes, strictly from left to right. A name stands for the
-        value of its first line; what is unknown is skipped; None if all is."""
+        """The text for %(name); %(a b) joins, %(a + b) computes, strictly from left to right. What is unknown is
+        skipped; None if all is."""
         expression = substitute('(', expression, lambda inner: self.compute(inner, within))
         result = operator = None
         for token in expression.replace('++', '+ 1').replace('--', '- 1').split():
@@ -680,7 +605,7 @@ class Config:
                 operator = token
             elif text is not None:
                 text = self.fill(text, (*within, token))
-                a, b = leading_number(result or ''), leading_number(text)
+                a, b = leading_number(result or '') or 0, leading_number(text) or 0
                 if operator and result is not None:
                     result = str({'+': a + b, '-': a - b, '*': a * b, '/': int(a / (b or math.inf))}[operator])
                     operator = None
@@ -689,42 +614,34 @@ class Config:
         return result
 
     def judge(self, setting):
-        """The final fate of a line."""
+        """The final fate of a line, now that all names in %(...) are known."""
         dashed = setting.name.replace('_', '-')
         if setting.fate == 'unknown' and (setting.name in self.variables or setting.where.startswith('environment')):
             setting.fate, setting.reason = 'variable', ''
         elif setting.fate == 'unknown' and fate(dashed)[0] != 'unknown':
             setting.warnings.append(f"'{setting.name}' is written '{dashed}'")
             setting.name, (setting.fate, setting.reason) = dashed, fate(dashed, setting.value)
-        if setting.fate == 'unknown':
-            setting.reason = describe_unknown(setting.name, setting.value)
-            setting.warnings.append(setting.reason)
-        elif setting.fate == 'unsupported':
-            setting.warnings.append(f"'{setting.name}' isn't supported; instead: {setting.reason}")
+        if setting.fate in ('unknown', 'unsupported'):
+            setting.warnings.append(describe(setting.name, setting.value))
+            setting.reason = ''
 
     def use(self, setting):
-        """Set the attribute. What uWSGI reads otherwise than it is meant gets a warning, never a start refused."""
+        """Fill in the value and set the attribute."""
         name, option = setting.name, BY_NAME.get(setting.name)
         value = setting.value = self.fill(setting.value, (name,))
         if not option:
             return
-        expected, boolean = f'{option.expected} is expected', value.lower() in BOOLEANS
-        if option.kind != 'text':
-            setting.warnings += [f'{name}: {doubt}' for doubt in doubts(value)]
-        if option.kind in ('path', 'word') and boolean:
-            taken = f'taken as {value}' if value else 'it is empty and left out'
-            setting.warnings.append(f'{name} = {value}: {expected}; {taken}')
-            if not value:
-                return
+        result, doubts = None, []
         try:
-            result = option.convert(value)
-        except ValueError:
-            if option.kind not in ('number', 'positive', 'seconds') or not (boolean or value[:1].isdecimal()):
-                return setting.errors.append(f"'{name} = {value}': {expected}")
-            result = leading_number(value) or (option.default if option.kind == 'positive' else 0)
-            setting.warnings.append(f'{name} = {value}: {expected}; taken as {result}')
-        if option.allowed and not option.allowed(result):
-            return setting.errors.append(f"'{name} = {value}': {expected}")
+            result = option.read(value, doubts)
+        except (TypeError, ValueError):
+            setting.errors.append(f"'{name} = {value}': {option.expected} is expected")
+        setting.warnings += [f'{name} = {value}: {doubt}' for doubt in doubts]
+        if '@(' in value:
+            setting.errors.append(f'{name} = {value}: there is no such file to read, and nothing is run; '
+                                  'set a variable before the start and use $(VARIABLE)')
+        if result is None:
+            return
         if option.many:
             result = (*getattr(self, option.attribute), result)
         elif option in self.setters:
@@ -735,18 +652,14 @@ class Config:
 
 def show_config(config):
     """Print each line of the configuration: its fate, name = value, where it stands, a remark. No secrets."""
-    variables = [item.partition('=')[::2] for item in config.env] + list(os.environ.items())
-    variables += [(setting.name, setting.value) for setting in config.settings if setting.fate != 'used']
-    secrets = [value.strip() for name, value in variables if is_secret(name) and len(value) > 5]
+    pairs = [pair for s in config.settings for pair in ((s.name, s.value), s.value.partition('=')[::2])]
+    secrets = [value.strip() for name, value in pairs + list(os.environ.items()) if is_secret(name) and len(value) > 5]
     sys.stdout.reconfigure(errors='backslashreplace')
     for setting in config.settings:
         value, (name, equals, _) = setting.value, setting.value.partition('=')
-        if setting.name == 'env' or equals and setting.name.startswith('set') and is_secret(name):
-            value = f'{name}=***' if equals else '***'
-        elif setting.fate != 'used' and is_secret(setting.name):
-            value = '***'
-        said = setting.told(setting.warnings + setting.errors) if setting.fate in ('used', 'variable') else []
-        remark = '; '.join(filter(None, [*said, setting.reason]))
+        if is_secret(setting.name) or setting.name == 'env' or equals and is_secret(name):
+            value = '***' if is_secret(setting.name) or not equals else f'{name}=***'
+        remark = '; '.join(filter(None, [*setting.warnings, *setting.errors, setting.reason]))
         line = f'{setting.fate:12}{setting.name} = {value}  ({setting.where})  {remark}'.rstrip()
         for secret in secrets:
             line = line.replace(secret, '***')
@@ -755,23 +668,15 @@ def show_config(config):
 
 
 def usage():
-    lines = [__doc__.split('\n\n')[0], 'minuwsgi.py [FILE.ini[:SECTION] | FILE.py | MODULE:CALLABLE] [OPTION …]']
-    for row in rows(OPTIONS):
-        option = BY_NAME.get(row.split()[0])
-        if '|' not in row:
-            lines.append(f'{row}:')
-        elif option.meaning.startswith('the same'):
-            lines[-1] += f'; --{option.name}'
-        else:
-            short = [name for name in option.names if name[0] == '-']
-            name = ', '.join([f'--{option.name}', *short]) + ' V' * (option.kind != 'flag')
-            lines.append(f'  {name:26} {option.meaning}' + (f' [{option.default}]' if option.default else ''))
-    return '\n'.join(lines) + """
-Commands:
-  --stop PIDFILE, --reload PIDFILE   send SIGTERM, SIGHUP to the master
-  --curl SOCKET [PATH]               ask a uwsgi server and print its answer
-  --version, --help
-"""
+    lines = [__doc__.split('\n\n')[0], 'minuwsgi.py [FILE.ini[:SECTION] | FILE.py | MODULE:CALLABLE] [OPTION …]',
+             'minuwsgi.py --stop PIDFILE | --reload PIDFILE | --curl SOCKET [PATH] | --version | --help']
+    for group, options in itertools.groupby(ROWS, lambda option: option.group):
+        lines.append(f'{group}:')
+        for option in options:
+            names = ', '.join([f'--{option.name}', *(name for name in option.names if name[0] == '-')])
+            names += ' V' * (option.kind != 'flag')
+            lines.append(f'  {names:26} {option.meaning}' + (f' [{option.default}]' if option.default else ''))
+    return '\n'.join(lines)
 
 
 # ---------------------------------------------------------------------------------------------

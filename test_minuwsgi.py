@@ -399,7 +399,7 @@ QUIRKS = r'''
     parts = %0|%1|%9|
     upper = %N %S %D %P %C %E
     section = [%x] %%percent %%(later)
-    here = %v %h %k %u %U %g %G %j %i
+    here = %v %h %k %u %g
     number = 7
     twice = %(number * 2) %(number + 1 * 2) %(number - 10) %(number / 2) %(number / 0) %(number ++)
     joined = %(number two) %(number nope)
@@ -556,14 +556,17 @@ def test_a_value_is_converted(tmp, line, attribute, expected):
     ('mount = /a', "'mount = /a': name=value is expected"),
     ('cheaper = true', 'cheaper = true: a whole number is expected; taken as 0'),
     ('daemonize = true', "daemonize = true: a path is expected; taken as true"),
+    ('logger = syslog', 'logger = syslog: file:PATH or stdio is expected; left out'),
     ('threads = 2 # two', "threads: a comment needs a line of its own, '# two' is left out"),
-    ("module = 'app'", 'module: the quotes are a part of the value; leave them out'),
-    ('chdir = /srv/{{ name }}', "chdir: a template that wasn't filled in"),
+    ("module = 'app'", "module = 'app': the quotes are a part of the value; leave them out"),
+    ('chdir = /srv/{{ name }}', "chdir = /srv/{{ name }}: a template that wasn't filled in"),
     ('{{ options }}', "'{{ options }}' is a template that wasn't filled in"),
-    ('http = :$PORT', 'http: :$PORT: variables of the environment are written $(NAME)'),
-    ('http = :$(NOPE_NOT_SET)', 'http: :$(NOPE_NOT_SET): there is no such variable in the environment'),
-    ('static-map /a=b', "'static-map /a' is no option; is a = missing? static-map = /a=b"),
-    ('env X = y', "'env X' is no option; is a = missing? env = X=y"),
+    ('http = :$PORT', 'http = :$PORT: variables of the environment are written $(NAME)'),
+    ('http = :$(NOPE_NOT_SET)', 'http = :$(NOPE_NOT_SET): there is no such variable in the environment'),
+    ('processes = $N', 'processes = $N: variables of the environment are written $(NAME)'),
+    ('static-map /a=b', "unknown option 'static-map /a', did you mean 'static-map'?"),
+    ('env X = y', "unknown option 'env X', did you mean 'env'?"),
+    ('env DJANGO_SETTINGS_MODULE = y', "unknown option 'env DJANGO_SETTINGS_MODULE', did you mean 'env'?"),
     ('autostart = true', "'autostart' belongs to supervisord"),
     ('redirect_stderr = true', "'redirect_stderr' belongs to supervisord"),
     ('user = www', "'user' belongs to supervisord or systemd; here it's uid, gid, chdir, env"),
@@ -573,13 +576,12 @@ def test_a_value_is_converted(tmp, line, attribute, expected):
     ('=======', "'=======' is a mark of a merge conflict: choose one side"),
     ('>>>>>>> branch', "'>>>>>>> branch' is a mark of a merge conflict: choose one side"),
     ('attach-daemon = celery', "'attach-daemon' isn't supported; instead: a systemd unit each"),
-    ('ini = /nope.ini', "can't read /nope.ini: No such file or directory"),
-    ('chdir = @(/nope)', "can't read /nope: No such file or directory"),
-    ('chdir = @(exec://pwd)', '@(exec://pwd): only files can be read, nothing is run; set a variable before the start '
-     'and use $(VARIABLE)'),
+    ('ini = /nope.ini', "can't read /nope.ini: is it there, and may we read it?"),
+    ('ini = /', "can't read /: is it there, and may we read it?"),
     ('ini = exec://cat', "can't read exec://cat: only files can be read"),
+    *((f'chdir = @({name})', f'chdir = @({name}): there is no such file to read, and nothing is run; '
+       'set a variable before the start and use $(VARIABLE)') for name in ('/nope', 'exec://pwd')),
     ('if-env = HOME\nif-env = PATH\nendif', 'if-env within another block: there are no nested blocks'),
-    ('exit = 3', 'the configuration says exit 3'),
 ])
 def test_a_line_that_is_wrong_is_named_with_its_place_and_what_is_meant(tmp, line, message):
     texts = said(load(tmp, line))
@@ -641,7 +643,7 @@ def test_the_command_line_wins_over_files_and_files_over_the_environment(tmp, mo
     monkeypatch.setenv('UWSGI_PROCESSES', '5')
     monkeypatch.setenv('UWSGI_OF_MY_OWN', 'x')
     config = load(tmp, 'processes = 2\nlisten = 10\nchdir = %(base)',
-                  '-p', '3', '--liste=20', '--set', 'base=/b', '-M', '-C666')
+                  '-p', '3', '--listen=20', '--set', 'base=/b', '-M', '-C666')
     assert (config.processes, config.threads, config.listen, config.chdir) == (3, 5, 20, '/b')
     assert (config.master, config.chmod_socket, config.warnings) == (True, 0o666, [])
 
@@ -697,8 +699,7 @@ def test_every_option_of_uwsgi_has_a_fate_and_a_reason():
 
 def test_no_name_stands_twice_in_the_tables():
     names = [name for option in minuwsgi.ROWS for name in option.names]
-    for row in minuwsgi.rows(minuwsgi.NOT_NEEDED) + minuwsgi.rows(minuwsgi.NOT_SUPPORTED):
-        names += row.rpartition(' | ')[0].split()
+    names += [pattern for pattern, _, _ in minuwsgi.PATTERNS]
     assert [name for name in set(names) if names.count(name) > 1] == []
 
 
@@ -723,7 +724,8 @@ def test_show_config_tells_the_fate_the_place_and_the_remark_of_each_line_and_no
     for expected in ('used listen = 50 (environment UWSGI_LISTEN)', 'variable base = /srv (app.ini:3)',
                      'used chdir = /srv/app (app.ini:4)', 'used threads = 2 (command line)',
                      'always need-app = true (app.ini:5) a start without an application fails',
-                     'unsupported attach-daemon = celery (app.ini:6) a systemd unit each',
+                     "unsupported attach-daemon = celery (app.ini:6) 'attach-daemon' isn't supported; "
+                     'instead: a systemd unit each',
                      "unknown vaccum = true (app.ini:7) unknown option 'vaccum', did you mean 'vacuum'?",
                      'used processes = 2 (app.ini:8) app.ini:9 overrides it', 'used workers = 3 (app.ini:9)',
                      'used env = DATABASE=*** (app.ini:10)', 'variable db_password = *** (app.ini:11)',
@@ -912,7 +914,7 @@ STYLES = {                              # files as people write them, and what m
         log-maxsize = 20971520
         logto2 = /tmp/%c.log
         log-x-forwarded-for
-        ''', {'logger': ('file:/tmp/app.log',), 'log_date': '%Y-%m-%d', 'log_maxsize': 20971520,
+        ''', {'logger': ('/tmp/app.log',), 'log_date': '%Y-%m-%d', 'log_maxsize': 20971520,
               'log_format': '{"addr": "%(addr)", "uri": "%(uri)", "ms": %(msecs)}', 'log_x_forwarded_for': True}),
     'padded, with tabs': ('''
         [uwsgi]
@@ -972,11 +974,9 @@ def test_help_fits_two_screens():
 def options_as_markdown():
     """The table of options for the README."""
     lines = ['| option | value | default | meaning |', '|---|---|---|---|']
-    for row in minuwsgi.rows(minuwsgi.OPTIONS):
-        if '|' not in row:
-            lines.append(f'| **{row}** | | | |')
-            continue
-        option = minuwsgi.Option(row)
+    for option, before in zip(minuwsgi.ROWS, [None, *minuwsgi.ROWS]):
+        if not before or before.group != option.group:
+            lines.append(f'| **{option.group}** | | | |')
         names = ', '.join(f'`{name}`' for name in option.names)
         default = '' if option.default in (None, (), '') else f'`{str(option.default).lower()}`'
         lines.append(f'| {names} | {option.expected} | {default} | {option.meaning} |')
