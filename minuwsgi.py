@@ -3315,7 +3315,7 @@ def look_before_fork():
 NEVER = dict.fromkeys(('static_requests', 'routed_requests', 'offloaded_requests', 'write_errors', 'read_errors'), 0)
 
 
-def describe(rows):
+def state_of(rows):
     """The state of a worker; rows: one for each of its cores."""
     first = rows[0].numbers
     requests, errors, busy = (sum(row.numbers[what] for row in rows) for what in (REQUESTS, ERRORS, BUSY))
@@ -3399,10 +3399,10 @@ class Stats:
         return all(0 < row.numbers[STARTED] < long_ago for rows in ready for row in rows)
 
     def workers(self):
-        """What describe() tells of each, and what only the master knows."""
+        """What state_of() tells of each, and what only the master knows."""
         master, start = self.master, time.time() - time.monotonic()
         for child in sorted(master.children.values(), key=lambda child: (child.number, child.born)):
-            yield {**describe(child.rows), 'last_spawn': int(start + child.born),
+            yield {**state_of(child.rows), 'last_spawn': int(start + child.born),
                    'respawn_count': master.spawned[child.number], 'deaths': master.deaths[child.number],
                    'harakiri_count': master.harakiris[child.number]}
 
@@ -3437,7 +3437,7 @@ def offer_uwsgi_module(config):
     module, decorators, master = types.ModuleType('uwsgi'), types.ModuleType('uwsgidecorators'), os.getpid()
 
     def workers():
-        found = [describe(rows) for rows in module.worker.all_rows if rows[0].numbers[PID]]
+        found = [state_of(rows) for rows in module.worker.all_rows if rows[0].numbers[PID]]
         return tuple({**worker, 'status': worker['status'].encode()} for worker in found)
     vars(module).update({
         'worker': None, 'hooks': [], 'workers': workers, 'numproc': config.processes,
