@@ -799,20 +799,21 @@ def nowait_flag():
     With it, reading from a blocking socket fails instead of waiting: no call is needed to make each
     connection non-blocking (-0.4 us)."""
     a, b = socket.socketpair()
-    with a, b:
-        try:
-            os.preadv(a.fileno(), [bytearray(1)], -1, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return os.RWF_NOWAIT
-        except (OSError, AttributeError):
-            return 0
+    with a, b, contextlib.suppress(OSError, AttributeError):
+        b.send(b'.')
+        os.preadv(a.fileno(), [bytearray(1)], -1, os.RWF_NOWAIT)
+        return os.RWF_NOWAIT
+    return 0
 
 
 NOWAIT = nowait_flag()
 
 
-def write_if_ready(fd, line):
-    """os.write() that doesn't wait, nearly: two processes may take the same room for theirs."""
+def write_now(fd, line):
+    """os.write() that doesn't wait. Terminals and old kernels can only be asked before, which is nearly as good: two
+    processes may take the same room for theirs."""
+    if NOWAIT and not os.isatty(fd):
+        return os.pwritev(fd, (line,), -1, NOWAIT)
     if not ready_within(fd, select.POLLOUT, 0):
         raise BlockingIOError
     return os.write(fd, line[:select.PIPE_BUF])
@@ -830,27 +831,12 @@ class Log(io.FileIO):
         self.look()
 
     def look(self):
-        """A file never makes us wait; of pipes and sockets the kernel can tell; else we ask first."""
-        if os.path.isfile(self.fd):
-            self.put = os.write
-        elif NOWAIT and not os.isatty(self.fd):
-            self.put = lambda fd, line: os.pwritev(fd, (line,), -1, NOWAIT)
-        else:
-            self.put = write_if_ready
+        """What is behind the descriptor now? Only a file never makes us wait."""
+        self.put = os.write if os.path.isfile(self.fd) else write_now
 
     def write(self, line):
+        left = b'\nlog: %d lines were lost here: it could not be written\n' % self.lost + line if self.lost else line
         try:
-            sent = 0 if self.lost else self.put(self.fd, line)
-        except OSError:
-            sent = 0
-        if sent < len(line):
-            self.write_patiently(line[sent:])
-        return len(line)
-
-    def write_patiently(self, left):
-        try:
-            if self.lost:
-                left = b'\nlog: %d lines were lost here: it could not be written\n' % self.lost + bytes(left)
             while left:
                 try:
                     left = left[self.put(self.fd, left):]
@@ -859,6 +845,7 @@ class Log(io.FileIO):
             self.lost = 0
         except OSError:
             self.lost += 1
+        return len(line)
 
     def wait(self):
         if time.monotonic() < Log.impatient_until or not ready_within(self.fd, select.POLLOUT, 1):
@@ -877,17 +864,17 @@ def log(message):
     main_log.write(f'{date}{message}\n'.encode('utf-8', 'backslashreplace'))
 
 
-held_back = {}                          # cause -> [until when, how many]
+held_back = {}                          # cause -> (until when, how many)
 
 
 def log_now_and_then(cause, message):
     """Log what anybody on the network can bring about: a line a second for each cause."""
-    entry, now = held_back.setdefault(cause, [0.0, 0]), time.monotonic()
-    if now < entry[0]:
-        entry[1] += 1
-    else:
-        log(message + (f' (and {entry[1]} more like it)' if entry[1] else ''))
-        entry[:] = now + 1, 0
+    until, more = held_back.get(cause, (0.0, 0))
+    now = time.monotonic()
+    if now >= until:
+        log(f'{message} (and {more} more like it)' if more else message)
+        until, more = now + 1, -1
+    held_back[cause] = until, more + 1
 
 
 def log_exception(message):
@@ -939,7 +926,7 @@ def reopen_log(config):
     """Follow the log's name to a new file, after somebody (logrotate) moved the old one."""
     if config.logto and not config.logto.startswith('/dev/'):
         try:
-            if not os.path.exists(config.logto) or not os.path.samestat(os.stat(config.logto), os.fstat(2)):
+            if not os.path.exists(config.logto) or not os.path.samefile(config.logto, 2):
                 open_log(config.logto)
         except (ConfigError, OSError) as error:         # the old file goes on
             log(f'log: {error}')
