@@ -951,29 +951,9 @@ def rotate_log(config):
 # (umask round bind), and its file is removed only while it is still ours (device and inode), as
 # another server may have taken the name over.
 
-def listen_max():
-    """The most connections that the kernel lets wait, see listen(2); what is more is cut silently."""
-    try:
-        with open('/proc/sys/net/core/somaxconn') as file:
-            return int(file.read())
-    except (OSError, ValueError):
-        return 1 << 30
-
-
-LISTEN_MAX = listen_max()
-
-
-def holder(probe):
-    """Who listens at the other end of a connected unix socket, see unix(7) on SO_PEERCRED."""
-    if not hasattr(socket, 'SO_PEERCRED'):
-        return 'of an unknown pid'
-    pid = int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
-    try:
-        with open(f'/proc/{pid}/cmdline', 'rb') as file:
-            command = file.read().replace(b'\0', b' ').decode(errors='replace').strip()
-    except OSError:
-        command = '?'
-    return f'pid {pid} ({command[:200]}); stop it, or choose another name'
+LISTEN_MAX = 1 << 30                    # so many connections may wait: the kernel cuts silently, see listen(2)
+with contextlib.suppress(OSError), open('/proc/sys/net/core/somaxconn') as somaxconn:
+    LISTEN_MAX = int(somaxconn.read())
 
 
 def vacuum(config, owned):
@@ -981,26 +961,6 @@ def vacuum(config, owned):
     for one in owned if config.vacuum else ():
         if one is not None:
             one.vacuum()
-
-
-def remove_stale_socket(path):
-    """Make way for bind(): remove a socket that nobody listens on, and nothing else."""
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise ConfigError(f"can't bind {path}: there is a file of that name that isn't a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except OSError as error:
-            raise ConfigError(f"can't bind {path}: a socket is there that {error.strerror}") from None
-        raise ConfigError(f"can't bind {path}: another server listens there, {holder(probe)}")
 
 
 def owner(names):
@@ -1016,105 +976,120 @@ def owner(names):
     return uid, gid
 
 
-def plain_address(address):
-    """'unix:///run/s' and 'unix:/run/s' -> '/run/s'."""
-    for prefix in 'unix://', 'unix:':
-        if address.startswith(prefix):
-            return address[len(prefix):]
-    return address
-
-
-def check_address(address):
-    """Refuse what can't be right, before bind() does in fewer words."""
-    address = plain_address(address)
-    path, port, why = os.path.abspath(address), address.rpartition(':')[2], None
-    if address.startswith('fd://'):
-        why = None if address[5:].isdecimal() else f'{address[5:]!r} is no descriptor; write fd://3'
-    elif '://' in address:
-        why = f"write host:port or a path, without {address.partition('://')[0]}://"
-    elif ':' in address:
-        if not port.isdecimal() or int(port) > 65535:
-            why = f'{port!r} is no port (0 to 65535); write host:port or :port'
-    elif address[:1] != '@' and len(os.fsencode(path)) > 107:
-        why = 'the path is longer than the 107 bytes a unix socket may have'
-    elif address[:1] != '@' and not os.path.isdir(os.path.dirname(path)):
+def parse_address(address):
+    """The address of an option -> ('unix', path or '\\0name'), ('tcp', (host, port)) or ('fd', number). Refuses what
+    can't be right, before bind() does in fewer words."""
+    name = address.removeprefix('unix://').removeprefix('unix:')
+    scheme, slashes, number = name.partition('://')
+    host, colon, port = name.rpartition(':')
+    path = os.path.abspath(name)
+    if name[:1] == '@':
+        return 'unix', '\0' + name[1:]
+    if scheme == 'fd' and number.isdecimal():
+        return 'fd', int(number)
+    if slashes:
+        why = 'write host:port, a path, or fd://3 for a descriptor'
+    elif colon and port.isdecimal() and int(port) < 65536:
+        return 'tcp', (host.strip('[]'), int(port))
+    elif colon:
+        why = f'{port!r} is no port (0 to 65535); write host:port or :port'
+    elif not os.path.isdir(os.path.dirname(path)):
         why = f'there is no directory {os.path.dirname(path)}'
-    if why:
-        raise ConfigError(f"can't bind {address}: {why}")
+    else:
+        return 'unix', path
+    raise ConfigError(f"can't bind {address}: {why}")
+
+
+def holder(probe):
+    """Who listens at the other end of a connected unix socket, see unix(7) on SO_PEERCRED."""
+    pid = command = '?'
+    with contextlib.suppress(OSError, AttributeError):          # no /proc, or not Linux
+        pid = int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4), sys.byteorder)
+        with open(f'/proc/{pid}/cmdline', errors='replace') as file:
+            command = file.read(200).replace('\0', ' ').strip()
+    return f'pid {pid} ({command})'
+
+
+def remove_stale_socket(path):
+    """Make way for bind(): remove a socket that nobody listens on, and nothing else."""
+    if not os.path.lexists(path):
+        return
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise FileExistsError("there is a file of that name that isn't a socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        else:
+            raise FileExistsError(f'another server listens there, {holder(probe)}; stop it, or choose another name')
 
 
 class Listener:
-    """A listening socket.
-
-    address: a path, @name (abstract), host:port, :port, [v6]:port, fd://N.
-    protocol: 'uwsgi' or 'http'.  fd: an inherited descriptor, which isn't bound again."""
+    """A listening socket. protocol: 'uwsgi' or 'http'.  fd, inode: of one that is inherited, and isn't bound again."""
 
     def __init__(self, address, protocol, config, fd=None, inode=None):
         self.address, self.protocol, self.inode = address, protocol, inode and tuple(inode)
-        address = plain_address(address)
-        if fd is None:
-            check_address(address)
-            fd = int(address[5:]) if address.startswith('fd://') else None
-        self.path = None if ':' in address or address[:1] == '@' else os.path.abspath(address)
-        self.name = address
+        kind, where = parse_address(address) if fd is None else ('fd', fd)
         try:
-            if fd is not None:
-                self.socket = socket.socket(fileno=fd)
-                os.set_inheritable(fd, False)
-            elif self.path or address[:1] == '@':
-                self.bind_unix(address, config)
+            if kind == 'fd':
+                self.socket = socket.socket(fileno=where)
+                os.set_inheritable(where, False)
+            elif kind == 'unix':
+                self.bind_unix(where, config)
             else:
-                self.bind_tcp(address)
+                self.bind_tcp(*where)
+            self.socket.listen(min(config.listen, LISTEN_MAX))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"can't bind {self.address}: {getattr(error, 'strerror', None) or error}") from None
-        self.socket.listen(min(config.listen, LISTEN_MAX))
-        self.host, _, self.port = self.name.rpartition(':') if self.path is None else ('localhost', '', '80')
-        if self.protocol == 'uwsgi' and self.socket.family != socket.AF_UNIX \
-                and not (self.socket.getsockname()[0] + '.').startswith(('127.', '::1.')):
-            log(f'warning: {self.name} believes whoever reaches it, as the uwsgi protocol has it (REMOTE_ADDR, '
-                'REMOTE_USER …): let a firewall admit the web server alone, or bind 127.0.0.1 or a path')
+            raise ConfigError(f"can't bind {address}: {getattr(error, 'strerror', None) or error}") from None
+        self.find_name()
 
-    def bind_unix(self, address, config):
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        if self.path is None:
-            self.socket.bind('\0' + address[1:])
+    def bind_unix(self, path, config):
+        self.socket = socket.socket(socket.AF_UNIX)
+        if path[0] == '\0':
+            self.socket.bind(path)
             return
-        if address.isdecimal():
-            log(f'warning: {address} is the path of a unix socket; a port is written :{address}')
-        remove_stale_socket(self.path)
+        remove_stale_socket(path)
         mode = 0o660 if config.chmod_socket is None else config.chmod_socket
         before = os.umask(0o777 & ~mode)
         try:
-            self.socket.bind(self.path)
+            self.socket.bind(path)
         finally:
             os.umask(before)
-        status = os.lstat(self.path)
+        status = os.lstat(path)
         self.inode = status.st_dev, status.st_ino
         if config.chown_socket or config.uid or config.gid:             # of a link itself, if somebody put one there
-            os.lchown(self.path, *owner(config.chown_socket or f'{config.uid or ""}:{config.gid or ""}'))
+            os.lchown(path, *owner(config.chown_socket or f'{config.uid or ""}:{config.gid or ""}'))
 
-    def bind_tcp(self, address):
-        host, _, port = address.rpartition(':')
-        host = host.strip('[]')
-        found = socket.getaddrinfo(host or '0.0.0.0', int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    def bind_tcp(self, host, port):
+        found = socket.getaddrinfo(host or '0.0.0.0', port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, _, _, where = found[0]
         self.socket = socket.socket(family, kind)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)       # what it accepts inherits this
-        if self.protocol == 'uwsgi' and hasattr(socket, 'TCP_DEFER_ACCEPT'):        # its bytes are there then
+        if self.protocol == 'uwsgi' and hasattr(socket, 'TCP_DEFER_ACCEPT'):    # its bytes are there then
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 4)
         self.socket.bind(where)
-        host, port = self.socket.getsockname()[:2]
-        self.name = f'[{host}]:{port}' if ':' in host else f'{host}:{port}'
+
+    def find_name(self):
+        """Its name for the log and the environ, as the kernel knows it: a path, b'\\0name' or (host, port, ...)."""
+        where = self.socket.getsockname()
+        if type(where) is not tuple:
+            self.name, self.host, self.port = os.fsdecode(where).replace('\0', '@'), 'localhost', '80'
+            return
+        self.host, self.port = f'[{where[0]}]' if ':' in where[0] else where[0], str(where[1])
+        self.name = f'{self.host}:{self.port}'
+        if self.protocol == 'uwsgi' and not f'{where[0]}.'.startswith(('127.', '::1.')):
+            log(f'warning: {self.name} believes whoever reaches it, as the uwsgi protocol has it (REMOTE_ADDR, '
+                'REMOTE_USER …): let a firewall admit the web server alone, or bind 127.0.0.1 or a path')
 
     def vacuum(self):
         """Remove the socket's file if it is still the one that was bound here."""
-        try:
-            status = os.stat(self.path)
+        with contextlib.suppress(OSError):
+            status = os.lstat(self.name)
             if (status.st_dev, status.st_ino) == self.inode:
-                os.unlink(self.path)
-        except (OSError, TypeError):
-            pass
+                os.unlink(self.name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4518,7 +4493,7 @@ def check(config):
     show_config(config)
     errors = list(config.errors)
     trials = [(prepare, config), (owner, f'{config.uid or ""}:{config.gid or ""}'), (owner, config.chown_socket or '')]
-    trials += [(check_address, address) for address in config.socket + config.uwsgi_socket + config.http_socket]
+    trials += [(parse_address, address) for address in config.socket + config.uwsgi_socket + config.http_socket]
     for trial, what in trials:
         try:
             trial(what)
