@@ -1965,8 +1965,42 @@ class Response:
 # 7. Static files
 #
 # If an option asks for static files, the application is wrapped in another, which answers GET and
-# HEAD for regular files and leaves everything else to it. A path is followed to its end (links, ..)
-# before it is compared with the directory that it must be in; so no spelling of it leads out.
+# HEAD for regular files and leaves everything else to it. A path with .. in it is nobody's, and what
+# a path names is followed through all links before it is compared with the directory that it must be
+# in; so no spelling leads out. CGI scripts (part 8) are found in the same way.
+
+def in_words(start_response, status, why, *headers):
+    """Answer in plain text."""
+    text = f'{status}: {why}\n'.encode()
+    headers += ('Content-Type', 'text/plain; charset=utf-8'), ('Content-Length', str(len(text)))
+    start_response(status, list(headers))
+    return [text]
+
+
+def places(values):
+    """'/prefix=target' or 'target' -> (prefix, target), for find_files()."""
+    pairs = [value.split('=', 1) if '=' in value else ('', value) for value in values]
+    return [(prefix.strip().rstrip('/'), os.path.abspath(target.strip())) for prefix, target in pairs]
+
+
+def find_files(places, path, indexes, safe=()):
+    """The files that a path, or the beginning of it, names in places (a directory, or one file each), or the index
+    if it names a directory: (file, the path that names it, the rest of the path, the place's directory)."""
+    if '..' in path.split('/') or len(path) > 4096:
+        return
+    for prefix, root in places:
+        if not f'{path}/'.startswith(f'{prefix}/'):
+            continue
+        below = path[len(prefix):]
+        names = [below[:end] for end in range(len(below) + 1) if below[end:end + 1] in ('', '/')]
+        if os.path.isdir(root + below):
+            names = [f"{below.rstrip('/')}/{index}" for index in indexes]
+        name = next((name for name in names if os.path.isfile(root + name)), None)
+        if name is not None:
+            file = os.path.realpath(root + name)
+            if any(os.path.commonpath((top, file)) == top for top in (os.path.realpath(root), *safe)):
+                yield file, prefix + name, below[len(name):], root
+
 
 def expiry(value):
     """'*.css 3600' -> (what tells whether a path matches, 3600); a suffix, a glob or, as in uWSGI, a regex."""
@@ -1982,84 +2016,51 @@ def expiry(value):
         raise AppError(f'static-expires = {value}: PATTERN SECONDS is expected, such as *.css 3600') from None
 
 
-def find_file(root, path, safe, indexes):
-    """(open file, its status, its name) for a path below a root (bytes), or None."""
-    try:
-        top = os.path.realpath(root)                    # each time: it may be a link to the current release
-        name = os.path.realpath(top.rstrip(b'/') + path.encode('latin-1'))
-        status = os.stat(name)
-        if stat.S_ISDIR(status.st_mode):
-            for index in indexes:
-                found = find_file(root, f'{path.rstrip("/")}/{index}', safe, ())
-                if found is not None:
-                    return found
-        inside = any(name == directory or name.startswith(directory.rstrip(b'/') + b'/') for directory in (top, *safe))
-        if not (stat.S_ISREG(status.st_mode) and inside) or path[-1:] == '/':
-            return None
-        file = open(name, 'rb', buffering=0)
-        return file, os.fstat(file.fileno()), name
-    except (OSError, ValueError):                       # not there, not ours to read; NUL in the name, too long
-        return None
-
-
-def is_fresh(environ, tag, mtime):
-    """Has the client got this version (RFC 9110, 13.2.2)?"""
+def is_fresh(environ, tag, modified):
+    """Has the client got this version (RFC 9110, 13.2.2)? A date must be the one that we told, as for nginx."""
     known = environ.get('HTTP_IF_NONE_MATCH')
-    if known is not None:
-        return known.strip() == '*' or any(one.strip().replace('W/', '', 1) == tag for one in known.split(','))
-    from email.utils import mktime_tz, parsedate_tz
-    try:
-        return int(mtime) <= mktime_tz(parsedate_tz(environ['HTTP_IF_MODIFIED_SINCE']))
-    except (KeyError, TypeError, ValueError, OverflowError, IndexError):
-        return False
+    if known is None:
+        return environ.get('HTTP_IF_MODIFIED_SINCE') == modified
+    return known.strip() == '*' or tag in [one.strip().replace('W/', '', 1) for one in known.split(',')]
 
 
-def byte_range(wanted, size):
-    """(first byte, last byte, status) for a Range header; the whole file for one that isn't understood, or for
-    several ranges (RFC 9110, 14.2)."""
-    unit, _, text = wanted.partition('=')
-    begin, dash, end = (part.strip() for part in text.partition('-'))
-    sane = unit.strip().lower() == 'bytes' and dash and len(text) < 40 and text.isascii() and (begin + end).isdecimal()
-    if not sane or begin and end and int(begin) > int(end):
-        return 0, size - 1, '200 OK'
-    first, last = (int(begin), int(end or size)) if begin else (max(0, size - int(end)), size)
-    last = min(last, size - 1)
-    if first > last:
-        return 0, 0, '416 Range Not Satisfiable'
-    return first, last, '206 Partial Content'
+def byte_range(environ, size, versions):
+    """(status, bytes of the file as a range()) for what Range and If-Range ask; the whole file if that isn't
+    understood, or there are several ranges (RFC 9110, 14.2)."""
+    import re
+    found = re.fullmatch('bytes *= *([0-9]{0,18}) *- *([0-9]{0,18})', environ.get('HTTP_RANGE', '').strip(), re.I)
+    begin, end = found.groups() if found else ('', '')
+    valid = (begin or end) and not (begin and end and int(begin) > int(end))
+    if not valid or environ['REQUEST_METHOD'] != 'GET' or environ.get('HTTP_IF_RANGE', versions[0]) not in versions:
+        return '200 OK', range(size)
+    part = range(size)[int(begin):int(end or size) + 1] if begin else range(max(0, size - int(end)), size)
+    return '206 Partial Content' if part else '416 Range Not Satisfiable', part
 
 
-def send_static(environ, start_response, file, status, name, seconds):
-    """Answer with a file, a part of it, or that the client's copy is good."""
+def send_static(environ, start_response, file, seconds):
+    """Answer with an open file, a part of it, or that the client's copy is good."""
     import mimetypes
     from email.utils import formatdate
+    status = os.fstat(file.fileno())
     size, modified = status.st_size, formatdate(int(status.st_mtime), usegmt=True)
     tag = f'"{status.st_mtime_ns:x}-{size:x}"'
     headers = [('Last-Modified', modified), ('ETag', tag), ('Accept-Ranges', 'bytes')]
     if seconds is not None:
-        headers.append(('Expires', formatdate(time.time() + seconds, usegmt=True)))
-        headers.append(('Cache-Control', f'max-age={seconds}'))
-    if is_fresh(environ, tag, status.st_mtime):
-        file.close()
+        headers += ('Expires', formatdate(time.time() + seconds, usegmt=True)), ('Cache-Control', f'max-age={seconds}')
+    answer, part = byte_range(environ, size, (tag, modified))
+    if is_fresh(environ, tag, modified):
         start_response('304 Not Modified', headers)
-        return []
-    first, last = 0, size - 1
-    wanted = environ.get('HTTP_RANGE') if environ['REQUEST_METHOD'] == 'GET' else None
-    answer = '200 OK'
-    if wanted and environ.get('HTTP_IF_RANGE', tag) in (tag, modified):
-        first, last, answer = byte_range(wanted, size)
+        return FileWrapper(file)                        # to close it
     if answer[:3] == '416':
         file.close()
-        start_response(answer, [('Content-Range', f'bytes */{size}'), ('Content-Length', '0')])
-        return []
+        return in_words(start_response, answer, f'{size} bytes', ('Content-Range', f'bytes */{size}'))
     if answer[:3] == '206':
-        headers.append(('Content-Range', f'bytes {first}-{last}/{size}'))
-    kind, coding = mimetypes.guess_type(os.fsdecode(name))
-    if coding:                                          # a .gz is meant to stay one
-        kind = 'application/gzip' if coding == 'gzip' else None
-    headers += [('Content-Type', kind or 'application/octet-stream'), ('Content-Length', str(last - first + 1))]
+        headers.append(('Content-Range', f'bytes {part[0]}-{part[-1]}/{size}'))
+    kind, coding = mimetypes.guess_type(file.name)
+    kind = {None: kind, 'gzip': 'application/gzip'}.get(coding)         # a .gz is meant to stay one
+    headers += ('Content-Type', kind or 'application/octet-stream'), ('Content-Length', str(len(part)))
     start_response(answer, headers)
-    file.seek(first)
+    file.seek(part.start)
     return FileWrapper(file)
 
 
@@ -2069,30 +2070,22 @@ def with_static_files(config, application):
         return application
     import mimetypes
     mimetypes.init()                                    # once, before the fork
-    places = [('', directory, False) for directory in config.check_static]
-    for option, whole_path in (config.static_map, False), (config.static_map2, True):
-        for value in option:
-            mount, equals, target = value.partition('=')
-            if not equals:
-                raise AppError(f'static-map = {value}: /prefix=directory is expected')
-            places.append((mount.strip().rstrip('/'), target.strip(), whole_path))
-    for _, target, _ in places:
+    known = places(f'={directory}' for directory in config.check_static) + places(config.static_map)
+    known += [(prefix, target + prefix) for prefix, target in places(config.static_map2)]
+    for _, target in known:
         if not os.path.exists(target):
-            log(f'static files: there is no {os.path.abspath(target)}')
-    places = [(mount, os.fsencode(os.path.abspath(target)), whole) for mount, target, whole in places]
-    safe = [os.fsencode(os.path.realpath(directory)) for directory in config.static_safe]
-    indexes = [os.fsencode(name).decode('latin-1') for name in config.static_index]
+            log(f'static files: there is no {target}')
+    safe = [os.path.realpath(directory) for directory in config.static_safe]
     expires = [expiry(value) for value in config.static_expires]
 
     def static_or_application(environ, start_response):
         if environ['REQUEST_METHOD'] in ('GET', 'HEAD'):
-            path = environ['PATH_INFO']
-            for mount, root, whole_path in places:
-                if path == mount or path.startswith(mount + '/'):
-                    found = find_file(root, path if whole_path else path[len(mount):], safe, indexes)
-                    if found is not None:
-                        seconds = next((seconds for matches, seconds in expires if matches(path)), None)
-                        return send_static(environ, start_response, *found, seconds)
+            path = os.fsdecode(environ['PATH_INFO'].encode('latin-1'))
+            for name, _, rest, _ in find_files(known, path, config.static_index, safe):
+                seconds = next((seconds for matches, seconds in expires if matches(path)), None)
+                with contextlib.suppress(OSError):      # it isn't ours to read
+                    if not rest:
+                        return send_static(environ, start_response, open(name, 'rb', buffering=0), seconds)
         return application(environ, start_response)
     return static_or_application
 
@@ -2234,67 +2227,19 @@ def become(command, sockets):
 # would wait for ever. Its output is streamed. The program leads a process group, which is killed when
 # the client leaves or the program is silent for too long.
 
-class CgiFailed(Exception):
-    """A CGI program gives no proper answer: the status for the client, and why."""
-
-
-def in_words(start_response, status, why, *headers):
-    text = f'{status}: {why}\n'.encode()
-    headers += ('Content-Type', 'text/plain; charset=utf-8'), ('Content-Length', str(len(text)))
-    start_response(status, headers)
-    return [text]
-
-
-def find_script(root, path, index):
-    """(file, the part of path that names it, the rest) in a directory, or for root itself if that is a file.
-    A directory stands for itself where only the slash at its end is missing."""
-    if '\0' in path or '..' in path.split('/'):
-        return None
-    file, at = root, 0
-    while at < len(path) and os.path.isdir(file):
-        end = path.find('/', at + 1) if '/' in path[at + 1:] else len(path)
-        file, at = os.path.join(file, path[at + 1:end]), end
-    if os.path.isdir(file):
-        for name in index:
-            if os.path.isfile(os.path.join(file, name)):
-                return (os.path.join(file, name), path + name, '') if path[-1:] == '/' else (file, path, '')
-        return None
-    return (file, path[:at], path[at:]) if os.path.isfile(file) else None
-
-
-def add_slash(environ, start_response, path):
-    from urllib.parse import quote
-    query = environ['QUERY_STRING']
-    where = quote('/' + path.lstrip('/')) + '/' + (query and '?' + query)
-    return in_words(start_response, '301 Moved Permanently', where, ('Location', where))
-
-
-def forbidden(file, root, helper, extensions):
-    """Why a program must not be run, or None."""
-    real = os.path.realpath(file)
-    if real != root and not real.startswith(root.rstrip('/') + '/'):
-        return 'the link leads out of the directory'
-    if extensions and not file.endswith(extensions):
-        return 'cgi-allowed-ext does not allow this extension'
-    if not helper and not os.access(file, os.X_OK):
-        return 'the file is not executable, and there is no cgi-helper for its extension'
-    return None
-
-
 CGI_NAMES = ('HTTP', 'SERVER_', 'REMOTE_', 'REQUEST_', 'QUERY_', 'CONTENT_', 'DOCUMENT_', 'PATH_', 'SCRIPT_', 'AUTH_',
              'SSL_CLIENT_')             # how names begin that a request may set, as with Apache's suexec
 
 
 def cgi_variables(environ, root, file, name, info):
     """The environment of a CGI program: the server's own and the request's, but for LD_PRELOAD and the like."""
-    variables = dict(os.environ)
-    variables.update((key, value.encode('latin-1')) for key, value in environ.items()
+    variables = {**os.environ, 'DOCUMENT_ROOT': root}
+    variables.update((key, os.fsdecode(value.encode('latin-1'))) for key, value in environ.items()
                      if type(value) is str and key.startswith(CGI_NAMES))
-    documents = variables.setdefault('DOCUMENT_ROOT', root.encode())
     variables.update(GATEWAY_INTERFACE='CGI/1.1', SERVER_SOFTWARE=f'minuwsgi/{__version__}', REDIRECT_STATUS='200',
                      SCRIPT_NAME=name, SCRIPT_FILENAME=file, PATH_INFO=info,
-                     PATH_TRANSLATED=info and os.fsdecode(documents) + info)
-    for key in ('PATH_INFO', 'PATH_TRANSLATED', 'CONTENT_LENGTH', 'CONTENT_TYPE'):
+                     PATH_TRANSLATED=info and variables['DOCUMENT_ROOT'] + info)
+    for key in 'PATH_INFO', 'PATH_TRANSLATED', 'CONTENT_LENGTH', 'CONTENT_TYPE':
         if not variables.get(key):
             variables.pop(key, None)
     variables.pop('HTTP_PROXY', None)                   # a header must not steer the clients within the program
@@ -2310,127 +2255,102 @@ def start_program(command, variables, body):
         if file.tell():
             variables['CONTENT_LENGTH'] = str(file.tell())      # a chunked body has none
         file.seek(0)
-        try:
-            return subprocess.Popen(command, bufsize=0, stdin=file, stdout=subprocess.PIPE, env=variables,
-                                    cwd=os.path.dirname(command[-1]), start_new_session=True)
-        except (OSError, ValueError) as error:
-            raise CgiFailed('502 Bad Gateway', f"can't be started: {getattr(error, 'strerror', error)}") from None
+        return subprocess.Popen(command, bufsize=0, stdin=file, stdout=subprocess.PIPE, env=variables,
+                                cwd=os.path.dirname(command[-1]), start_new_session=True)
 
 
-def cgi_output(out, client, seconds):
-    """Yields what a program writes, and watches the client meanwhile."""
-    poll = select.poll()
-    poll.register(out, select.POLLIN)
-    poll.register(client, 0)                            # for POLLHUP and POLLERR
-    while True:
-        events = dict(poll.poll(seconds * 1000))
-        if client in events:
+class CgiOutput(io.RawIOBase):
+    """What a program writes while it isn't silent for too long and the client is there. close() ends the program."""
+
+    def __init__(self, program, client, seconds):
+        self.program, self.client, self.seconds, self.poll = program, client, seconds, select.poll()
+        self.poll.register(program.stdout, select.POLLIN)
+        self.poll.register(client, 0)                   # for POLLHUP and POLLERR
+
+    def readable(self):
+        return True
+
+    def readinto(self, into):
+        events = dict(self.poll.poll(self.seconds * 1000))
+        if self.client in events:
             raise ClientGone(0, 'during a CGI program')
         if not events:
-            raise CgiFailed('504 Gateway Timeout', f'was silent for {seconds} s')
-        data = os.read(out, READ_MAX)
-        if not data:
-            return
-        yield data
+            raise TimeoutError(errno.ETIMEDOUT, f'it was silent for {self.seconds} s')
+        return self.program.stdout.readinto(into)
+
+    def close(self):
+        if self.program.returncode is None:             # not reaped yet, so the pid is still its own
+            os.killpg(self.program.pid, signal.SIGKILL)
+        with self.program:                              # closes its pipe, waits
+            super().close()
 
 
-def cgi_head(output):
-    """Read the head of a program's answer: (head, what came of the body), as bytes."""
-    import re
-    data = b''
-    for chunk in output:
-        data += chunk
-        parts = re.split(rb'\r?\n\r?\n', data, maxsplit=1)
-        if len(parts) == 2:
-            return parts
-        if len(data) > HEAD_MAX:
-            break
-    raise CgiFailed('502 Bad Gateway', 'sent too large a head' if data[HEAD_MAX:] else 'ended without a head')
+def pass_head(output, start_response):
+    """Read the head of a program's answer, and give it to start_response(), which refuses what is wrong."""
+    from http import HTTPStatus
+    headers = []
+    while (line := output.readline(HEAD_MAX)) not in (b'\n', b'\r\n'):
+        name, colon, value = line.decode('latin-1').rstrip('\r\n').partition(':')
+        if not colon or len(headers) == FIELDS_MAX:
+            raise ValueError(f'it sent {line[:80]!r} in its head' if line else 'it ended without a head')
+        headers.append((name, value.strip(' \t')))
+    known = {name.lower(): value for name, value in headers}
+    status = known.get('status') or ('302 Found' if 'location' in known else '200 OK')
+    with contextlib.suppress(ValueError):
+        status = f'{status} {HTTPStatus(int(status)).phrase}'           # only a number
+    ours = HOP_BY_HOP | {'status'}
+    start_response(status, [(name, value) for name, value in headers if name.lower() not in ours])
 
 
-def parse_cgi_head(head):
-    """The head of a program's answer -> status, headers."""
-    import http
-    status, headers = None, []
-    for line in head.decode('latin-1').split('\n'):
-        name, colon, value = line.rstrip('\r').partition(':')
-        value = value.strip(' \t')
-        if not colon or not name or not TOKEN.issuperset(name) or '\r' in value or '\0' in value:
-            raise CgiFailed('502 Bad Gateway', f'sent {line[:80]!r} where a header is expected')
-        if name.lower() == 'status':
-            status = value
-        elif name.lower() not in HOP_BY_HOP:
-            headers.append((name, value))
-        if name.lower() == 'location' and status is None:
-            status = '302 Found'
-    status = status or '200 OK'
-    if status.isdecimal() and int(status) in iter(http.HTTPStatus):
-        status = f'{status} {http.HTTPStatus(int(status)).phrase}'
-    try:
-        status_line(status)
-    except ValueError as error:
-        raise CgiFailed('502 Bad Gateway', f'sent a bad status: {error}') from None
-    return status, headers
-
-
-def run_cgi(command, variables, body, seconds, start_response):
+def run_cgi(command, variables, body, seconds, response):
     """Run a program for one request: yields the body of its answer."""
     import subprocess
-    process, begun = None, False
     try:
-        process = start_program(command, variables, body)
-        output = cgi_output(process.stdout.fileno(), start_response.__self__.fd, seconds)
-        head, rest = cgi_head(output)
-        status, headers = parse_cgi_head(head)
-        begun = True
-        start_response(status, headers)
-        yield rest
-        yield from output
-        if process.wait(1) < 0:
-            raise CgiFailed('', f'died: {signal.Signals(-process.returncode).name}')
-    except CgiFailed as error:
-        status, why = error.args
-        log(f'{command[-1]}: the program {why}')
-        if begun:
-            raise ClientGone(0, why) from None          # cuts the connection
-        yield from in_words(start_response, status, f'the program {why}')
-    except subprocess.TimeoutExpired:                   # it closed its output, and goes on
-        pass
-    finally:
-        if process and process.returncode is None:      # not reaped yet, so the pid is still its own
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        if process:
-            process.stdout.close()
+        program = start_program(command, variables, body)
+        with io.BufferedReader(CgiOutput(program, response.fd, seconds), READ_MAX) as output:
+            pass_head(output, response.start_response)
+            yield from iter(output.read1, b'')
+            with contextlib.suppress(subprocess.TimeoutExpired):        # it closed its output, and goes on
+                if program.wait(1) < 0:
+                    raise ChildProcessError(f'it died: {signal.Signals(-program.returncode).name}')
+    except ClientGone:
+        raise
+    except (OSError, ValueError) as error:              # the program's fault
+        status = '504 Gateway Timeout' if isinstance(error, TimeoutError) else '502 Bad Gateway'
+        why = f"the program failed: {getattr(error, 'strerror', None) or error}"
+        log(f'{command[-1]}: {why}')
+        if response.status:                             # its head may be on its way: only a cut can tell
+            raise ClientGone(0, why) from None
+        yield from in_words(response.start_response, status, why)
 
 
 def cgi_application(config, fallback):
     """A WSGI application that runs the programs of `cgi`, and leaves what isn't there to fallback (or None)."""
     import shlex
-    mounts = []
-    for item in config.cgi:
-        mount, equals, target = item.partition('=')
-        mounts.append((mount.rstrip('/') if equals else '', os.path.realpath(target if equals else item)))
-    mounts.sort(key=lambda mount: -len(mount[0]))
+    from urllib.parse import quote
+    known = sorted(places(config.cgi), key=lambda place: -len(place[0]))
     helpers = {extension: shlex.split(command)
                for extension, _, command in (item.partition('=') for item in config.cgi_helper)}
 
     def application(environ, start_response):
         path = os.fsdecode((environ['SCRIPT_NAME'] + environ['PATH_INFO']).encode('latin-1'))
-        mount, root = next((each for each in mounts if (path + '/').startswith(each[0] + '/')), ('', None))
-        found = root and find_script(root, path[len(mount):], config.cgi_index)
-        if not found:
-            return fallback(environ, start_response) if fallback else in_words(
-                start_response, '404 Not Found', 'there is no such program')
-        file, name, info = found
-        if os.path.isdir(file):
-            return add_slash(environ, start_response, path)
-        helper = helpers.get(os.path.splitext(file)[1], [])
-        if why := forbidden(file, root, helper, config.cgi_allowed_ext):
-            log(f'{file}: {why}')
-            return in_words(start_response, '403 Forbidden', why)
-        variables = cgi_variables(environ, root, file, mount + name, info)
-        return run_cgi([*helper, file], variables, environ['wsgi.input'], config.cgi_timeout, start_response)
+        for file, name, info, root in find_files(known, path, config.cgi_index):
+            if name.startswith(f'{path}/'):             # of a directory: links in its pages need the slash
+                query = environ['QUERY_STRING']
+                where = f"/{quote(os.fsencode(path.strip('/')))}/{query and '?' + query}"
+                return in_words(start_response, '301 Moved Permanently', where, ('Location', where))
+            helper = helpers.get(os.path.splitext(file)[1], [])
+            if config.cgi_allowed_ext and not file.endswith(config.cgi_allowed_ext):
+                return in_words(start_response, '403 Forbidden', 'cgi-allowed-ext does not allow this extension')
+            if not helper and not os.access(file, os.X_OK):
+                return in_words(start_response, '403 Forbidden',
+                                'the file is not executable, and there is no cgi-helper for its extension')
+            variables = cgi_variables(environ, root, file, name, info)
+            response = start_response.__self__
+            return run_cgi([*helper, file], variables, environ['wsgi.input'], config.cgi_timeout, response)
+        if fallback:
+            return fallback(environ, start_response)
+        return in_words(start_response, '404 Not Found', 'there is no such program')
     return application
 
 

@@ -2405,12 +2405,12 @@ SERVED = [('/s/a.txt', b'0123456789', 'text/plain'), ('/s/sub/b.css', b'css', 't
           ('/s/empty.txt', b'', 'text/plain'), ('/s/big.bin', bytes(range(256)) * 20000, 'application/octet-stream'),
           ('/s/link.txt', b'0123456789', 'text/plain'), ('/s/safe/e.txt', b'else', 'text/plain'),
           ('/s//a.txt', b'0123456789', None),
-          ('/s/sub/../a.txt', b'0123456789', 'text/plain'), ('/s/%61.txt', b'0123456789', 'text/plain'),
+          ('/s/%61.txt', b'0123456789', 'text/plain'),
           ('/z.txt', b'checked', None),
           ('/m2/y.txt', b'map2', None), ('/icon.ico', b'icon', None), ('/linked/a.txt', b'0123456789', None),
           ('/s/a.txt?v=1', b'0123456789', 'text/plain')]
-MISSED = ['/', '/s', '/s/', '/s/none', '/sa.txt', '/s/a.txt/', '/s/a.txt/x', '/s/../secret', '/s/%2e%2e/secret',
-          '/s/..%2fsecret',
+MISSED = ['/', '/s', '/s/', '/s/none', '/sa.txt', '/s/a.txt/', '/s/a.txt/x', '/s/sub/../a.txt',
+          '/s/../secret', '/s/%2e%2e/secret', '/s/..%2fsecret',
           '/s/sub/../../secret', '/s/../rootless/secret', '/s/..%2frootless%2fsecret', '/s%2f..%2fsecret',
           '/s/out.txt', '/s/up/secret',
           '/s/up/root/../secret', '/s/loop', '/s/fifo', '/s/no-index/', '/s/a.txt%00', '/s/%00',
@@ -2442,12 +2442,13 @@ def test_static_files_are_for_get_and_head(static, method):
     assert static.get('/s/a.txt', method=method).body == b'app'
 
 
+NO_RANGE = b'416 Range Not Satisfiable: 10 bytes\n'
 CONDITIONS = [                                  # headers (T: the ETag, M: Last-Modified), status, body, Content-Range
     ('If-None-Match: T', 304, b'', None), ('If-None-Match: W/T', 304, b'', None),
     ('If-None-Match: "x", T', 304, b'', None),
     ('If-None-Match: *', 304, b'', None), ('If-None-Match: "x"', 200, b'0123456789', None),
     ('If-None-Match: "x"\r\nIf-Modified-Since: M', 200, b'0123456789', None), ('If-Modified-Since: M', 304, b'', None),
-    ('If-Modified-Since: Fri, 01 Jan 2100 00:00:00 GMT', 304, b'', None),
+    ('If-Modified-Since: Fri, 01 Jan 2100 00:00:00 GMT', 200, b'0123456789', None),
     ('If-Modified-Since: junk', 200, b'0123456789', None),
     ('If-Modified-Since: Thu, 01 Jan 1970 00:00:00 GMT', 200, b'0123456789', None),
     ('If-Modified-Since:', 200, b'0123456789', None),
@@ -2455,7 +2456,7 @@ CONDITIONS = [                                  # headers (T: the ETag, M: Last-
     ('Range: bytes=0-3', 206, b'0123', 'bytes 0-3/10'), ('Range: bytes=8-', 206, b'89', 'bytes 8-9/10'),
     ('Range: bytes=-3', 206, b'789', 'bytes 7-9/10'), ('Range: bytes=5-99', 206, b'56789', 'bytes 5-9/10'),
     ('Range: bytes=-99', 206, b'0123456789', 'bytes 0-9/10'), ('Range: BYTES = 1 - 2', 206, b'12', 'bytes 1-2/10'),
-    ('Range: bytes=10-', 416, b'', 'bytes */10'), ('Range: bytes=-0', 416, b'', 'bytes */10'),
+    ('Range: bytes=10-', 416, NO_RANGE, 'bytes */10'), ('Range: bytes=-0', 416, NO_RANGE, 'bytes */10'),
     ('Range: bytes=3-1', 200, b'0123456789', None), ('Range: bytes=0-1,3-4', 200, b'0123456789', None),
     ('Range: lines=0-1', 200, b'0123456789', None), ('Range: bytes=a-b', 200, b'0123456789', None),
     ('Range: bytes=-', 200, b'0123456789', None), ('Range: bytes=1', 200, b'0123456789', None),
@@ -3046,9 +3047,8 @@ def test_cgi_heeds_status_and_location_and_complains_of_what_is_no_head(cgi):
     answer = server.ask('/bin/location')
     assert (answer.status, answer.header('Location')) == ('302 Found', '/there')
     assert server.ask('/bin/toomuch').status == '502 Bad Gateway'
-    for name, why in (('garbage', 'where a header is expected'), ('silent', 'without a head'),
-                      ('badstatus', 'bad status'),
-                      ('badprogram', "can't be started")):
+    for name, why in (('garbage', 'in its head'), ('silent', 'without a head'), ('badstatus', "'x' is no status"),
+                      ('badprogram', 'No such file')):
         answer = server.ask(f'/bin/{name}')
         assert answer.status == '502 Bad Gateway' and why in answer.text, name
     assert 'went wrong' in server.lines
@@ -3064,11 +3064,10 @@ def test_cgi_never_leaves_its_directory(cgi, tmp):
     (tmp / 'bin/outside').symlink_to('../secret')
     (tmp / 'bin/plain.txt').chmod(0o644)
     assert server.ask('/bin/ok').text == 'ok\n' and server.ask('/bin/inside').text == 'ok\n'
-    assert server.ask('/bin/outside').status == '403 Forbidden'
     answer = server.ask('/bin/plain.txt')
     assert answer.status == '403 Forbidden' and 'not executable' in answer.text
     for path in ('/bin/../secret', '/bin/%2e%2e/secret', '/bin/..%2fsecret', '/bin//../secret', '/bin/ok%00',
-                 '/bin/ok/../x'):
+                 '/bin/ok/../x', '/bin/outside'):
         assert server.get(path).text.endswith('hello\n'), path          # not found: so the application is asked
     assert server.ask('/binary').text == 'hello\n'
 
