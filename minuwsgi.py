@@ -2006,9 +2006,8 @@ def expiry(value):
     """'*.css 3600' -> (what tells whether a path matches, 3600); a suffix, a glob or, as in uWSGI, a regex."""
     import fnmatch
     import re
-    pattern, _, seconds = value.replace('=', ' ').rpartition(' ')
-    pattern = pattern.strip()
     try:
+        pattern, seconds = value.replace('=', ' ').rsplit(None, 1)
         if not re.search(r'[\\^$|(+]|\.\*', pattern):
             pattern = fnmatch.translate(pattern if pattern[:1] in '/*' else '*' + pattern)
         return re.compile(pattern).search, int(seconds)
@@ -2068,8 +2067,6 @@ def with_static_files(config, application):
     """The application, behind the static files that the options name."""
     if not (config.check_static or config.static_map or config.static_map2):
         return application
-    import mimetypes
-    mimetypes.init()                                    # once, before the fork
     known = places(f'={directory}' for directory in config.check_static) + places(config.static_map)
     known += [(prefix, target + prefix) for prefix, target in places(config.static_map2)]
     for _, target in known:
@@ -2297,9 +2294,9 @@ def pass_head(output, start_response):
     known = {name.lower(): value for name, value in headers}
     status = known.get('status') or ('302 Found' if 'location' in known else '200 OK')
     with contextlib.suppress(ValueError):
-        status = f'{status} {HTTPStatus(int(status)).phrase}'           # only a number
-    ours = HOP_BY_HOP | {'status'}
-    start_response(status, [(name, value) for name, value in headers if name.lower() not in ours])
+        status = f'{status} {HTTPStatus(int(status)).phrase}'           # it was only a number
+    not_passed = HOP_BY_HOP | {'status'}
+    start_response(status, [(name, value) for name, value in headers if name.lower() not in not_passed])
 
 
 def run_cgi(command, variables, body, seconds, response):
