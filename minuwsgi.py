@@ -812,11 +812,14 @@ NOWAIT = nowait_flag()
 def write_now(fd, line):
     """os.write() that doesn't wait. Terminals and old kernels can only be asked before, which is nearly as good: two
     processes may take the same room for theirs."""
-    if NOWAIT and not os.isatty(fd):
-        return os.pwritev(fd, (line,), -1, NOWAIT)
-    if not ready_within(fd, select.POLLOUT, 0):
-        raise BlockingIOError
-    return os.write(fd, line[:select.PIPE_BUF])
+    try:
+        return os.pwritev(fd, (line,), -1, os.RWF_NOWAIT)
+    except BlockingIOError:
+        raise
+    except (OSError, AttributeError):
+        if not ready_within(fd, select.POLLOUT, 0):
+            raise BlockingIOError from None
+        return os.write(fd, line[:select.PIPE_BUF])
 
 
 class Log(io.FileIO):
@@ -2067,6 +2070,8 @@ def with_static_files(config, application):
     """The application, behind the static files that the options name."""
     if not (config.check_static or config.static_map or config.static_map2):
         return application
+    import mimetypes
+    mimetypes.init()                                    # once, before the fork
     known = places(f'={directory}' for directory in config.check_static) + places(config.static_map)
     known += [(prefix, target + prefix) for prefix, target in places(config.static_map2)]
     for _, target in known:
