@@ -1980,18 +1980,18 @@ def in_words(start_response, status, why, *headers):
     return [text]
 
 
-def places(values):
+def mount_points(values):
     """'/prefix=target' or 'target' -> (prefix, target), for find_files()."""
     pairs = [value.split('=', 1) if '=' in value else ('', value) for value in values]
     return [(prefix.strip().rstrip('/'), os.path.abspath(target.strip())) for prefix, target in pairs]
 
 
-def find_files(places, path, indexes, safe=()):
-    """The files that a path, or the beginning of it, names in places (a directory, or one file each), or the index
-    if it names a directory: (file, the path that names it, the rest of the path, the place's directory)."""
+def find_files(mounts, path, indexes, safe=()):
+    """What a path names at the mount points: (file, the beginning of the path that names it, the rest, its root).
+    For a directory it is the first of the indexes that is there."""
     if '..' in path.split('/') or len(path) > 4096:
         return
-    for prefix, root in places:
+    for prefix, root in mounts:
         if not f'{path}/'.startswith(f'{prefix}/'):
             continue
         below = path[len(prefix):]
@@ -2072,9 +2072,9 @@ def with_static_files(config, application):
         return application
     import mimetypes
     mimetypes.init()                                    # once, before the fork
-    known = places(f'={directory}' for directory in config.check_static) + places(config.static_map)
-    known += [(prefix, target + prefix) for prefix, target in places(config.static_map2)]
-    for _, target in known:
+    mounts = mount_points(f'={directory}' for directory in config.check_static) + mount_points(config.static_map)
+    mounts += [(prefix, target + prefix) for prefix, target in mount_points(config.static_map2)]
+    for _, target in mounts:
         if not os.path.exists(target):
             log(f'static files: there is no {target}')
     safe = [os.path.realpath(directory) for directory in config.static_safe]
@@ -2083,7 +2083,7 @@ def with_static_files(config, application):
     def static_or_application(environ, start_response):
         if environ['REQUEST_METHOD'] in ('GET', 'HEAD'):
             path = os.fsdecode(environ['PATH_INFO'].encode('latin-1'))
-            for name, _, rest, _ in find_files(known, path, config.static_index, safe):
+            for name, _, rest, _ in find_files(mounts, path, config.static_index, safe):
                 seconds = next((seconds for matches, seconds in expires if matches(path)), None)
                 with contextlib.suppress(OSError):      # it isn't ours to read
                     if not rest:
@@ -2130,7 +2130,7 @@ until IO.select([server, stop])[0].include? stop
                'rack.url_scheme' => env['HTTPS'] == 'on' ? 'https' : env['REQUEST_SCHEME'] || 'http')
     status, headers, body = app.call(env)
     lines = headers.flat_map do |key, text|                     # several values: lines in Rack 2, an array in Rack 3
-      [text].flatten.join("\n").lines.map { |line| "#{"#{key}: #{line}".delete "\r\n"}\r\n" }
+      [text].flatten.join("\n").lines.map { |line| "#{key}: #{line}".delete("\r\n") + "\r\n" }
     end
     start = "HTTP/1.1 #{status.to_i} #{Rack::Utils::HTTP_STATUS_CODES[status.to_i]}\r\n#{lines.join}\r\n"
     send = ->(part) { head, start = start, ''; client.write(head, part) }
@@ -2330,13 +2330,13 @@ def cgi_application(config, fallback):
     """A WSGI application that runs the programs of `cgi`, and leaves what isn't there to fallback (or None)."""
     import shlex
     from urllib.parse import quote
-    known = sorted(places(config.cgi), key=lambda place: -len(place[0]))
+    mounts = sorted(mount_points(config.cgi), key=lambda mount: -len(mount[0]))
     helpers = {extension: shlex.split(command)
                for extension, _, command in (item.partition('=') for item in config.cgi_helper)}
 
     def application(environ, start_response):
         path = os.fsdecode((environ['SCRIPT_NAME'] + environ['PATH_INFO']).encode('latin-1'))
-        for file, name, info, root in find_files(known, path, config.cgi_index):
+        for file, name, info, root in find_files(mounts, path, config.cgi_index):
             if name.startswith(f'{path}/'):             # of a directory: links in its pages need the slash
                 query = environ['QUERY_STRING']
                 where = f"/{quote(os.fsencode(path.strip('/')))}/{query and '?' + query}"
