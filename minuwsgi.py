@@ -705,23 +705,27 @@ def nowait_flag():
     With it, reading from a blocking socket fails instead of waiting: no call is needed to make each
     connection non-blocking (-0.4 us)."""
     a, b = socket.socketpair()
-    with a, b:
-        try:
-            os.preadv(a.fileno(), [bytearray(1)], -1, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return os.RWF_NOWAIT
-        except (OSError, AttributeError):
-            return 0
+    with a, b, contextlib.suppress(OSError, AttributeError):
+        b.send(b'.')
+        os.preadv(a.fileno(), [bytearray(1)], -1, os.RWF_NOWAIT)
+        return os.RWF_NOWAIT
+    return 0
 
 
 NOWAIT = nowait_flag()
 
 
-def write_if_ready(fd, line):
-    """os.write() that doesn't wait, nearly: two processes may take the same room for theirs."""
-    if not ready_within(fd, select.POLLOUT, 0):
-        raise BlockingIOError
-    return os.write(fd, line[:select.PIPE_BUF])
+def write_now(fd, line):
+    """os.write() that doesn't wait. Terminals and old kernels can only be asked before, which is nearly as good: two
+    processes may take the same room for theirs."""
+    try:
+        return os.pwritev(fd, (line,), -1, os.RWF_NOWAIT)
+    except BlockingIOError:
+        raise
+    except (OSError, AttributeError):
+        if not ready_within(fd, select.POLLOUT, 0):
+            raise BlockingIOError from None
+        return os.write(fd, line[:select.PIPE_BUF])
 
 
 class Log(io.FileIO):
@@ -736,27 +740,12 @@ class Log(io.FileIO):
         self.look()
 
     def look(self):
-        """A file never makes us wait; of pipes and sockets the kernel can tell; else we ask first."""
-        if os.path.isfile(self.fd):
-            self.put = os.write
-        elif NOWAIT and not os.isatty(self.fd):
-            self.put = lambda fd, line: os.pwritev(fd, (line,), -1, NOWAIT)
-        else:
-            self.put = write_if_ready
+        """What is behind the descriptor now? Only a file never makes us wait."""
+        self.put = os.write if os.path.isfile(self.fd) else write_now
 
     def write(self, line):
+        left = b'\nlog: %d lines were lost here: it could not be written\n' % self.lost + line if self.lost else line
         try:
-            sent = 0 if self.lost else self.put(self.fd, line)
-        except OSError:
-            sent = 0
-        if sent < len(line):
-            self.write_patiently(line[sent:])
-        return len(line)
-
-    def write_patiently(self, left):
-        try:
-            if self.lost:
-                left = b'\nlog: %d lines were lost here: it could not be written\n' % self.lost + bytes(left)
             while left:
                 try:
                     left = left[self.put(self.fd, left):]
@@ -765,6 +754,7 @@ class Log(io.FileIO):
             self.lost = 0
         except OSError:
             self.lost += 1
+        return len(line)
 
     def wait(self):
         if time.monotonic() < Log.impatient_until or not ready_within(self.fd, select.POLLOUT, 1):
@@ -783,17 +773,17 @@ def log(message):
     main_log.write(f'{date}{message}\n'.encode('utf-8', 'backslashreplace'))
 
 
-held_back = {}                          # cause -> [until when, how many]
+held_back = {}                          # cause -> (until when, how many)
 
 
 def log_now_and_then(cause, message):
     """Log what anybody on the network can bring about: a line a second for each cause."""
-    entry, now = held_back.setdefault(cause, [0.0, 0]), time.monotonic()
-    if now < entry[0]:
-        entry[1] += 1
-    else:
-        log(message + (f' (and {entry[1]} more like it)' if entry[1] else ''))
-        entry[:] = now + 1, 0
+    until, more = held_back.get(cause, (0.0, 0))
+    now = time.monotonic()
+    if now >= until:
+        log(f'{message} (and {more} more like it)' if more else message)
+        until, more = now + 1, -1
+    held_back[cause] = until, more + 1
 
 
 def log_exception(message):
@@ -845,7 +835,7 @@ def reopen_log(config):
     """Follow the log's name to a new file, after somebody (logrotate) moved the old one."""
     if config.logto and not config.logto.startswith('/dev/'):
         try:
-            if not os.path.exists(config.logto) or not os.path.samestat(os.stat(config.logto), os.fstat(2)):
+            if not os.path.exists(config.logto) or not os.path.samefile(config.logto, 2):
                 open_log(config.logto)
         except (ConfigError, OSError) as error:         # the old file goes on
             log(f'log: {error}')
@@ -870,29 +860,9 @@ def rotate_log(config):
 # (umask round bind), and its file is removed only while it is still ours (device and inode), as
 # another server may have taken the name over.
 
-def listen_max():
-    """The most connections that the kernel lets wait, see listen(2); what is more is cut silently."""
-    try:
-        with open('/proc/sys/net/core/somaxconn') as file:
-            return int(file.read())
-    except (OSError, ValueError):
-        return 1 << 30
-
-
-LISTEN_MAX = listen_max()
-
-
-def holder(probe):
-    """Who listens at the other end of a connected unix socket, see unix(7) on SO_PEERCRED."""
-    if not hasattr(socket, 'SO_PEERCRED'):
-        return 'of an unknown pid'
-    pid = int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
-    try:
-        with open(f'/proc/{pid}/cmdline', 'rb') as file:
-            command = file.read().replace(b'\0', b' ').decode(errors='replace').strip()
-    except OSError:
-        command = '?'
-    return f'pid {pid} ({command[:200]}); stop it, or choose another name'
+LISTEN_MAX = 1 << 30                    # so many connections may wait: the kernel cuts silently, see listen(2)
+with contextlib.suppress(OSError), open('/proc/sys/net/core/somaxconn') as somaxconn:
+    LISTEN_MAX = int(somaxconn.read())
 
 
 def vacuum(config, owned):
@@ -900,26 +870,6 @@ def vacuum(config, owned):
     for one in owned if config.vacuum else ():
         if one is not None:
             one.vacuum()
-
-
-def remove_stale_socket(path):
-    """Make way for bind(): remove a socket that nobody listens on, and nothing else."""
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise ConfigError(f"can't bind {path}: there is a file of that name that isn't a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-        except OSError as error:
-            raise ConfigError(f"can't bind {path}: a socket is there that {error.strerror}") from None
-        raise ConfigError(f"can't bind {path}: another server listens there, {holder(probe)}")
 
 
 def owner(names):
@@ -935,105 +885,120 @@ def owner(names):
     return uid, gid
 
 
-def plain_address(address):
-    """'unix:///run/s' and 'unix:/run/s' -> '/run/s'."""
-    for prefix in 'unix://', 'unix:':
-        if address.startswith(prefix):
-            return address[len(prefix):]
-    return address
-
-
-def check_address(address):
-    """Refuse what can't be right, before bind() does in fewer words."""
-    address = plain_address(address)
-    path, port, why = os.path.abspath(address), address.rpartition(':')[2], None
-    if address.startswith('fd://'):
-        why = None if address[5:].isdecimal() else f'{address[5:]!r} is no descriptor; write fd://3'
-    elif '://' in address:
-        why = f"write host:port or a path, without {address.partition('://')[0]}://"
-    elif ':' in address:
-        if not port.isdecimal() or int(port) > 65535:
-            why = f'{port!r} is no port (0 to 65535); write host:port or :port'
-    elif address[:1] != '@' and len(os.fsencode(path)) > 107:
-        why = 'the path is longer than the 107 bytes a unix socket may have'
-    elif address[:1] != '@' and not os.path.isdir(os.path.dirname(path)):
+def parse_address(address):
+    """The address of an option -> ('unix', path or '\\0name'), ('tcp', (host, port)) or ('fd', number). Refuses what
+    can't be right, before bind() does in fewer words."""
+    name = address.removeprefix('unix://').removeprefix('unix:')
+    scheme, slashes, number = name.partition('://')
+    host, colon, port = name.rpartition(':')
+    path = os.path.abspath(name)
+    if name[:1] == '@':
+        return 'unix', '\0' + name[1:]
+    if scheme == 'fd' and number.isdecimal():
+        return 'fd', int(number)
+    if slashes:
+        why = 'write host:port, a path, or fd://3 for a descriptor'
+    elif colon and port.isdecimal() and int(port) < 65536:
+        return 'tcp', (host.strip('[]'), int(port))
+    elif colon:
+        why = f'{port!r} is no port (0 to 65535); write host:port or :port'
+    elif not os.path.isdir(os.path.dirname(path)):
         why = f'there is no directory {os.path.dirname(path)}'
-    if why:
-        raise ConfigError(f"can't bind {address}: {why}")
+    else:
+        return 'unix', path
+    raise ConfigError(f"can't bind {address}: {why}")
+
+
+def holder(probe):
+    """Who listens at the other end of a connected unix socket, see unix(7) on SO_PEERCRED."""
+    pid = command = '?'
+    with contextlib.suppress(OSError, AttributeError):          # no /proc, or not Linux
+        pid = int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4), sys.byteorder)
+        with open(f'/proc/{pid}/cmdline', errors='replace') as file:
+            command = file.read(200).replace('\0', ' ').strip()
+    return f'pid {pid} ({command})'
+
+
+def remove_stale_socket(path):
+    """Make way for bind(): remove a socket that nobody listens on, and nothing else."""
+    if not os.path.lexists(path):
+        return
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise FileExistsError("there is a file of that name that isn't a socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        else:
+            raise FileExistsError(f'another server listens there, {holder(probe)}; stop it, or choose another name')
 
 
 class Listener:
-    """A listening socket.
-
-    address: a path, @name (abstract), host:port, :port, [v6]:port, fd://N.
-    protocol: 'uwsgi' or 'http'.  fd: an inherited descriptor, which isn't bound again."""
+    """A listening socket. protocol: 'uwsgi' or 'http'.  fd, inode: of one that is inherited, and isn't bound again."""
 
     def __init__(self, address, protocol, config, fd=None, inode=None):
         self.address, self.protocol, self.inode = address, protocol, inode and tuple(inode)
-        address = plain_address(address)
-        if fd is None:
-            check_address(address)
-            fd = int(address[5:]) if address.startswith('fd://') else None
-        self.path = None if ':' in address or address[:1] == '@' else os.path.abspath(address)
-        self.name = address
+        kind, where = parse_address(address) if fd is None else ('fd', fd)
         try:
-            if fd is not None:
-                self.socket = socket.socket(fileno=fd)
-                os.set_inheritable(fd, False)
-            elif self.path or address[:1] == '@':
-                self.bind_unix(address, config)
+            if kind == 'fd':
+                self.socket = socket.socket(fileno=where)
+                os.set_inheritable(where, False)
+            elif kind == 'unix':
+                self.bind_unix(where, config)
             else:
-                self.bind_tcp(address)
+                self.bind_tcp(*where)
+            self.socket.listen(min(config.listen, LISTEN_MAX))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"can't bind {self.address}: {getattr(error, 'strerror', None) or error}") from None
-        self.socket.listen(min(config.listen, LISTEN_MAX))
-        self.host, _, self.port = self.name.rpartition(':') if self.path is None else ('localhost', '', '80')
-        if self.protocol == 'uwsgi' and self.socket.family != socket.AF_UNIX \
-                and not (self.socket.getsockname()[0] + '.').startswith(('127.', '::1.')):
-            log(f'warning: {self.name} believes whoever reaches it, as the uwsgi protocol has it (REMOTE_ADDR, '
-                'REMOTE_USER …): let a firewall admit the web server alone, or bind 127.0.0.1 or a path')
+            raise ConfigError(f"can't bind {address}: {getattr(error, 'strerror', None) or error}") from None
+        self.find_name()
 
-    def bind_unix(self, address, config):
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        if self.path is None:
-            self.socket.bind('\0' + address[1:])
+    def bind_unix(self, path, config):
+        self.socket = socket.socket(socket.AF_UNIX)
+        if path[0] == '\0':
+            self.socket.bind(path)
             return
-        if address.isdecimal():
-            log(f'warning: {address} is the path of a unix socket; a port is written :{address}')
-        remove_stale_socket(self.path)
+        remove_stale_socket(path)
         mode = 0o660 if config.chmod_socket is None else config.chmod_socket
         before = os.umask(0o777 & ~mode)
         try:
-            self.socket.bind(self.path)
+            self.socket.bind(path)
         finally:
             os.umask(before)
-        status = os.lstat(self.path)
+        status = os.lstat(path)
         self.inode = status.st_dev, status.st_ino
         if config.chown_socket or config.uid or config.gid:             # of a link itself, if somebody put one there
-            os.lchown(self.path, *owner(config.chown_socket or f'{config.uid or ""}:{config.gid or ""}'))
+            os.lchown(path, *owner(config.chown_socket or f'{config.uid or ""}:{config.gid or ""}'))
 
-    def bind_tcp(self, address):
-        host, _, port = address.rpartition(':')
-        host = host.strip('[]')
-        found = socket.getaddrinfo(host or '0.0.0.0', int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    def bind_tcp(self, host, port):
+        found = socket.getaddrinfo(host or '0.0.0.0', port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, _, _, where = found[0]
         self.socket = socket.socket(family, kind)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)       # what it accepts inherits this
-        if self.protocol == 'uwsgi' and hasattr(socket, 'TCP_DEFER_ACCEPT'):        # its bytes are there then
+        if self.protocol == 'uwsgi' and hasattr(socket, 'TCP_DEFER_ACCEPT'):    # its bytes are there then
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 4)
         self.socket.bind(where)
-        host, port = self.socket.getsockname()[:2]
-        self.name = f'[{host}]:{port}' if ':' in host else f'{host}:{port}'
+
+    def find_name(self):
+        """Its name for the log and the environ, as the kernel knows it: a path, b'\\0name' or (host, port, ...)."""
+        where = self.socket.getsockname()
+        if type(where) is not tuple:
+            self.name, self.host, self.port = os.fsdecode(where).replace('\0', '@'), 'localhost', '80'
+            return
+        self.host, self.port = f'[{where[0]}]' if ':' in where[0] else where[0], str(where[1])
+        self.name = f'{self.host}:{self.port}'
+        if self.protocol == 'uwsgi' and not f'{where[0]}.'.startswith(('127.', '::1.')):
+            log(f'warning: {self.name} believes whoever reaches it, as the uwsgi protocol has it (REMOTE_ADDR, '
+                'REMOTE_USER …): let a firewall admit the web server alone, or bind 127.0.0.1 or a path')
 
     def vacuum(self):
         """Remove the socket's file if it is still the one that was bound here."""
-        try:
-            status = os.stat(self.path)
+        with contextlib.suppress(OSError):
+            status = os.lstat(self.name)
             if (status.st_dev, status.st_ino) == self.inode:
-                os.unlink(self.path)
-        except (OSError, TypeError):
-            pass
+                os.unlink(self.name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1825,16 +1790,49 @@ class Response:
 # 7. Static files
 #
 # If an option asks for static files, the application is wrapped in another, which answers GET and
-# HEAD for regular files and leaves everything else to it. A path is followed to its end (links, ..)
-# before it is compared with the directory that it must be in; so no spelling of it leads out.
+# HEAD for regular files and leaves everything else to it. A path with .. in it is nobody's, and what
+# a path names is followed through all links before it is compared with the directory that it must be
+# in; so no spelling leads out. CGI scripts (part 8) are found in the same way.
+
+def in_words(start_response, status, why, *headers):
+    """Answer in plain text."""
+    text = f'{status}: {why}\n'.encode()
+    headers += ('Content-Type', 'text/plain; charset=utf-8'), ('Content-Length', str(len(text)))
+    start_response(status, list(headers))
+    return [text]
+
+
+def mount_points(values):
+    """'/prefix=target' or 'target' -> (prefix, target), for find_files()."""
+    pairs = [value.split('=', 1) if '=' in value else ('', value) for value in values]
+    return [(prefix.strip().rstrip('/'), os.path.abspath(target.strip())) for prefix, target in pairs]
+
+
+def find_files(mounts, path, indexes, safe=()):
+    """What a path names at the mount points: (file, the beginning of the path that names it, the rest, its root).
+    For a directory it is the first of the indexes that is there."""
+    if '..' in path.split('/') or len(path) > 4096:
+        return
+    for prefix, root in mounts:
+        if not f'{path}/'.startswith(f'{prefix}/'):
+            continue
+        below = path[len(prefix):]
+        names = [below[:end] for end in range(len(below) + 1) if below[end:end + 1] in ('', '/')]
+        if os.path.isdir(root + below):
+            names = [f"{below.rstrip('/')}/{index}" for index in indexes]
+        name = next((name for name in names if os.path.isfile(root + name)), None)
+        if name is not None:
+            file = os.path.realpath(root + name)
+            if any(os.path.commonpath((top, file)) == top for top in (os.path.realpath(root), *safe)):
+                yield file, prefix + name, below[len(name):], root
+
 
 def expiry(value):
     """'*.css 3600' -> (what tells whether a path matches, 3600); a suffix, a glob or, as in uWSGI, a regex."""
     import fnmatch
     import re
-    pattern, _, seconds = value.replace('=', ' ').rpartition(' ')
-    pattern = pattern.strip()
     try:
+        pattern, seconds = value.replace('=', ' ').rsplit(None, 1)
         if not re.search(r'[\\^$|(+]|\.\*', pattern):
             pattern = fnmatch.translate(pattern if pattern[:1] in '/*' else '*' + pattern)
         return re.compile(pattern).search, int(seconds)
@@ -1842,84 +1840,51 @@ def expiry(value):
         raise AppError(f'static-expires = {value}: PATTERN SECONDS is expected, such as *.css 3600') from None
 
 
-def find_file(root, path, safe, indexes):
-    """(open file, its status, its name) for a path below a root (bytes), or None."""
-    try:
-        top = os.path.realpath(root)                    # each time: it may be a link to the current release
-        name = os.path.realpath(top.rstrip(b'/') + path.encode('latin-1'))
-        status = os.stat(name)
-        if stat.S_ISDIR(status.st_mode):
-            for index in indexes:
-                found = find_file(root, f'{path.rstrip("/")}/{index}', safe, ())
-                if found is not None:
-                    return found
-        inside = any(name == directory or name.startswith(directory.rstrip(b'/') + b'/') for directory in (top, *safe))
-        if not (stat.S_ISREG(status.st_mode) and inside) or path[-1:] == '/':
-            return None
-        file = open(name, 'rb', buffering=0)
-        return file, os.fstat(file.fileno()), name
-    except (OSError, ValueError):                       # not there, not ours to read; NUL in the name, too long
-        return None
-
-
-def is_fresh(environ, tag, mtime):
-    """Has the client got this version (RFC 9110, 13.2.2)?"""
+def is_fresh(environ, tag, modified):
+    """Has the client got this version (RFC 9110, 13.2.2)? A date must be the one that we told, as for nginx."""
     known = environ.get('HTTP_IF_NONE_MATCH')
-    if known is not None:
-        return known.strip() == '*' or any(one.strip().replace('W/', '', 1) == tag for one in known.split(','))
-    from email.utils import mktime_tz, parsedate_tz
-    try:
-        return int(mtime) <= mktime_tz(parsedate_tz(environ['HTTP_IF_MODIFIED_SINCE']))
-    except (KeyError, TypeError, ValueError, OverflowError, IndexError):
-        return False
+    if known is None:
+        return environ.get('HTTP_IF_MODIFIED_SINCE') == modified
+    return known.strip() == '*' or tag in [one.strip().replace('W/', '', 1) for one in known.split(',')]
 
 
-def byte_range(wanted, size):
-    """(first byte, last byte, status) for a Range header; the whole file for one that isn't understood, or for
-    several ranges (RFC 9110, 14.2)."""
-    unit, _, text = wanted.partition('=')
-    begin, dash, end = (part.strip() for part in text.partition('-'))
-    sane = unit.strip().lower() == 'bytes' and dash and len(text) < 40 and text.isascii() and (begin + end).isdecimal()
-    if not sane or begin and end and int(begin) > int(end):
-        return 0, size - 1, '200 OK'
-    first, last = (int(begin), int(end or size)) if begin else (max(0, size - int(end)), size)
-    last = min(last, size - 1)
-    if first > last:
-        return 0, 0, '416 Range Not Satisfiable'
-    return first, last, '206 Partial Content'
+def byte_range(environ, size, versions):
+    """(status, bytes of the file as a range()) for what Range and If-Range ask; the whole file if that isn't
+    understood, or there are several ranges (RFC 9110, 14.2)."""
+    import re
+    found = re.fullmatch('bytes *= *([0-9]{0,18}) *- *([0-9]{0,18})', environ.get('HTTP_RANGE', '').strip(), re.I)
+    begin, end = found.groups() if found else ('', '')
+    valid = (begin or end) and not (begin and end and int(begin) > int(end))
+    if not valid or environ['REQUEST_METHOD'] != 'GET' or environ.get('HTTP_IF_RANGE', versions[0]) not in versions:
+        return '200 OK', range(size)
+    part = range(size)[int(begin):int(end or size) + 1] if begin else range(max(0, size - int(end)), size)
+    return '206 Partial Content' if part else '416 Range Not Satisfiable', part
 
 
-def send_static(environ, start_response, file, status, name, seconds):
-    """Answer with a file, a part of it, or that the client's copy is good."""
+def send_static(environ, start_response, file, seconds):
+    """Answer with an open file, a part of it, or that the client's copy is good."""
     import mimetypes
     from email.utils import formatdate
+    status = os.fstat(file.fileno())
     size, modified = status.st_size, formatdate(int(status.st_mtime), usegmt=True)
     tag = f'"{status.st_mtime_ns:x}-{size:x}"'
     headers = [('Last-Modified', modified), ('ETag', tag), ('Accept-Ranges', 'bytes')]
     if seconds is not None:
-        headers.append(('Expires', formatdate(time.time() + seconds, usegmt=True)))
-        headers.append(('Cache-Control', f'max-age={seconds}'))
-    if is_fresh(environ, tag, status.st_mtime):
-        file.close()
+        headers += ('Expires', formatdate(time.time() + seconds, usegmt=True)), ('Cache-Control', f'max-age={seconds}')
+    answer, part = byte_range(environ, size, (tag, modified))
+    if is_fresh(environ, tag, modified):
         start_response('304 Not Modified', headers)
-        return []
-    first, last = 0, size - 1
-    wanted = environ.get('HTTP_RANGE') if environ['REQUEST_METHOD'] == 'GET' else None
-    answer = '200 OK'
-    if wanted and environ.get('HTTP_IF_RANGE', tag) in (tag, modified):
-        first, last, answer = byte_range(wanted, size)
+        return FileWrapper(file)                        # to close it
     if answer[:3] == '416':
         file.close()
-        start_response(answer, [('Content-Range', f'bytes */{size}'), ('Content-Length', '0')])
-        return []
+        return in_words(start_response, answer, f'{size} bytes', ('Content-Range', f'bytes */{size}'))
     if answer[:3] == '206':
-        headers.append(('Content-Range', f'bytes {first}-{last}/{size}'))
-    kind, coding = mimetypes.guess_type(os.fsdecode(name))
-    if coding:                                          # a .gz is meant to stay one
-        kind = 'application/gzip' if coding == 'gzip' else None
-    headers += [('Content-Type', kind or 'application/octet-stream'), ('Content-Length', str(last - first + 1))]
+        headers.append(('Content-Range', f'bytes {part[0]}-{part[-1]}/{size}'))
+    kind, coding = mimetypes.guess_type(file.name)
+    kind = {None: kind, 'gzip': 'application/gzip'}.get(coding)         # a .gz is meant to stay one
+    headers += ('Content-Type', kind or 'application/octet-stream'), ('Content-Length', str(len(part)))
     start_response(answer, headers)
-    file.seek(first)
+    file.seek(part.start)
     return FileWrapper(file)
 
 
@@ -1929,30 +1894,22 @@ def with_static_files(config, application):
         return application
     import mimetypes
     mimetypes.init()                                    # once, before the fork
-    places = [('', directory, False) for directory in config.check_static]
-    for option, whole_path in (config.static_map, False), (config.static_map2, True):
-        for value in option:
-            mount, equals, target = value.partition('=')
-            if not equals:
-                raise AppError(f'static-map = {value}: /prefix=directory is expected')
-            places.append((mount.strip().rstrip('/'), target.strip(), whole_path))
-    for _, target, _ in places:
+    mounts = mount_points(f'={directory}' for directory in config.check_static) + mount_points(config.static_map)
+    mounts += [(prefix, target + prefix) for prefix, target in mount_points(config.static_map2)]
+    for _, target in mounts:
         if not os.path.exists(target):
-            log(f'static files: there is no {os.path.abspath(target)}')
-    places = [(mount, os.fsencode(os.path.abspath(target)), whole) for mount, target, whole in places]
-    safe = [os.fsencode(os.path.realpath(directory)) for directory in config.static_safe]
-    indexes = [os.fsencode(name).decode('latin-1') for name in config.static_index]
+            log(f'static files: there is no {target}')
+    safe = [os.path.realpath(directory) for directory in config.static_safe]
     expires = [expiry(value) for value in config.static_expires]
 
     def static_or_application(environ, start_response):
         if environ['REQUEST_METHOD'] in ('GET', 'HEAD'):
-            path = environ['PATH_INFO']
-            for mount, root, whole_path in places:
-                if path == mount or path.startswith(mount + '/'):
-                    found = find_file(root, path if whole_path else path[len(mount):], safe, indexes)
-                    if found is not None:
-                        seconds = next((seconds for matches, seconds in expires if matches(path)), None)
-                        return send_static(environ, start_response, *found, seconds)
+            path = os.fsdecode(environ['PATH_INFO'].encode('latin-1'))
+            for name, _, rest, _ in find_files(mounts, path, config.static_index, safe):
+                seconds = next((seconds for matches, seconds in expires if matches(path)), None)
+                with contextlib.suppress(OSError):      # it isn't ours to read
+                    if not rest:
+                        return send_static(environ, start_response, open(name, 'rb', buffering=0), seconds)
         return application(environ, start_response)
     return static_or_application
 
@@ -1995,7 +1952,7 @@ until IO.select([server, stop])[0].include? stop
                'rack.url_scheme' => env['HTTPS'] == 'on' ? 'https' : env['REQUEST_SCHEME'] || 'http')
     status, headers, body = app.call(env)
     lines = headers.flat_map do |key, text|                     # several values: lines in Rack 2, an array in Rack 3
-      [text].flatten.join("\n").lines.map { |line| "#{"#{key}: #{line}".delete "\r\n"}\r\n" }
+      [text].flatten.join("\n").lines.map { |line| "#{key}: #{line}".delete("\r\n") + "\r\n" }
     end
     start = "HTTP/1.1 #{status.to_i} #{Rack::Utils::HTTP_STATUS_CODES[status.to_i]}\r\n#{lines.join}\r\n"
     send = ->(part) { head, start = start, ''; client.write(head, part) }
@@ -2094,67 +2051,19 @@ def become(command, sockets):
 # would wait for ever. Its output is streamed. The program leads a process group, which is killed when
 # the client leaves or the program is silent for too long.
 
-class CgiFailed(Exception):
-    """A CGI program gives no proper answer: the status for the client, and why."""
-
-
-def in_words(start_response, status, why, *headers):
-    text = f'{status}: {why}\n'.encode()
-    headers += ('Content-Type', 'text/plain; charset=utf-8'), ('Content-Length', str(len(text)))
-    start_response(status, headers)
-    return [text]
-
-
-def find_script(root, path, index):
-    """(file, the part of path that names it, the rest) in a directory, or for root itself if that is a file.
-    A directory stands for itself where only the slash at its end is missing."""
-    if '\0' in path or '..' in path.split('/'):
-        return None
-    file, at = root, 0
-    while at < len(path) and os.path.isdir(file):
-        end = path.find('/', at + 1) if '/' in path[at + 1:] else len(path)
-        file, at = os.path.join(file, path[at + 1:end]), end
-    if os.path.isdir(file):
-        for name in index:
-            if os.path.isfile(os.path.join(file, name)):
-                return (os.path.join(file, name), path + name, '') if path[-1:] == '/' else (file, path, '')
-        return None
-    return (file, path[:at], path[at:]) if os.path.isfile(file) else None
-
-
-def add_slash(environ, start_response, path):
-    from urllib.parse import quote
-    query = environ['QUERY_STRING']
-    where = quote('/' + path.lstrip('/')) + '/' + (query and '?' + query)
-    return in_words(start_response, '301 Moved Permanently', where, ('Location', where))
-
-
-def forbidden(file, root, helper, extensions):
-    """Why a program must not be run, or None."""
-    real = os.path.realpath(file)
-    if real != root and not real.startswith(root.rstrip('/') + '/'):
-        return 'the link leads out of the directory'
-    if extensions and not file.endswith(extensions):
-        return 'cgi-allowed-ext does not allow this extension'
-    if not helper and not os.access(file, os.X_OK):
-        return 'the file is not executable, and there is no cgi-helper for its extension'
-    return None
-
-
 CGI_NAMES = ('HTTP', 'SERVER_', 'REMOTE_', 'REQUEST_', 'QUERY_', 'CONTENT_', 'DOCUMENT_', 'PATH_', 'SCRIPT_', 'AUTH_',
              'SSL_CLIENT_')             # how names begin that a request may set, as with Apache's suexec
 
 
 def cgi_variables(environ, root, file, name, info):
     """The environment of a CGI program: the server's own and the request's, but for LD_PRELOAD and the like."""
-    variables = dict(os.environ)
-    variables.update((key, value.encode('latin-1')) for key, value in environ.items()
+    variables = {**os.environ, 'DOCUMENT_ROOT': root}
+    variables.update((key, os.fsdecode(value.encode('latin-1'))) for key, value in environ.items()
                      if type(value) is str and key.startswith(CGI_NAMES))
-    documents = variables.setdefault('DOCUMENT_ROOT', root.encode())
     variables.update(GATEWAY_INTERFACE='CGI/1.1', SERVER_SOFTWARE=f'minuwsgi/{__version__}', REDIRECT_STATUS='200',
                      SCRIPT_NAME=name, SCRIPT_FILENAME=file, PATH_INFO=info,
-                     PATH_TRANSLATED=info and os.fsdecode(documents) + info)
-    for key in ('PATH_INFO', 'PATH_TRANSLATED', 'CONTENT_LENGTH', 'CONTENT_TYPE'):
+                     PATH_TRANSLATED=info and variables['DOCUMENT_ROOT'] + info)
+    for key in 'PATH_INFO', 'PATH_TRANSLATED', 'CONTENT_LENGTH', 'CONTENT_TYPE':
         if not variables.get(key):
             variables.pop(key, None)
     variables.pop('HTTP_PROXY', None)                   # a header must not steer the clients within the program
@@ -2170,127 +2079,102 @@ def start_program(command, variables, body):
         if file.tell():
             variables['CONTENT_LENGTH'] = str(file.tell())      # a chunked body has none
         file.seek(0)
-        try:
-            return subprocess.Popen(command, bufsize=0, stdin=file, stdout=subprocess.PIPE, env=variables,
-                                    cwd=os.path.dirname(command[-1]), start_new_session=True)
-        except (OSError, ValueError) as error:
-            raise CgiFailed('502 Bad Gateway', f"can't be started: {getattr(error, 'strerror', error)}") from None
+        return subprocess.Popen(command, bufsize=0, stdin=file, stdout=subprocess.PIPE, env=variables,
+                                cwd=os.path.dirname(command[-1]), start_new_session=True)
 
 
-def cgi_output(out, client, seconds):
-    """Yields what a program writes, and watches the client meanwhile."""
-    poll = select.poll()
-    poll.register(out, select.POLLIN)
-    poll.register(client, 0)                            # for POLLHUP and POLLERR
-    while True:
-        events = dict(poll.poll(seconds * 1000))
-        if client in events:
+class CgiOutput(io.RawIOBase):
+    """What a program writes while it isn't silent for too long and the client is there. close() ends the program."""
+
+    def __init__(self, program, client, seconds):
+        self.program, self.client, self.seconds, self.poll = program, client, seconds, select.poll()
+        self.poll.register(program.stdout, select.POLLIN)
+        self.poll.register(client, 0)                   # for POLLHUP and POLLERR
+
+    def readable(self):
+        return True
+
+    def readinto(self, into):
+        events = dict(self.poll.poll(self.seconds * 1000))
+        if self.client in events:
             raise ClientGone(0, 'during a CGI program')
         if not events:
-            raise CgiFailed('504 Gateway Timeout', f'was silent for {seconds} s')
-        data = os.read(out, READ_MAX)
-        if not data:
-            return
-        yield data
+            raise TimeoutError(errno.ETIMEDOUT, f'it was silent for {self.seconds} s')
+        return self.program.stdout.readinto(into)
+
+    def close(self):
+        if self.program.returncode is None:             # not reaped yet, so the pid is still its own
+            os.killpg(self.program.pid, signal.SIGKILL)
+        with self.program:                              # closes its pipe, waits
+            super().close()
 
 
-def cgi_head(output):
-    """Read the head of a program's answer: (head, what came of the body), as bytes."""
-    import re
-    data = b''
-    for chunk in output:
-        data += chunk
-        parts = re.split(rb'\r?\n\r?\n', data, maxsplit=1)
-        if len(parts) == 2:
-            return parts
-        if len(data) > HEAD_MAX:
-            break
-    raise CgiFailed('502 Bad Gateway', 'sent too large a head' if data[HEAD_MAX:] else 'ended without a head')
+def pass_head(output, start_response):
+    """Read the head of a program's answer, and give it to start_response(), which refuses what is wrong."""
+    from http import HTTPStatus
+    headers = []
+    while (line := output.readline(HEAD_MAX)) not in (b'\n', b'\r\n'):
+        name, colon, value = line.decode('latin-1').rstrip('\r\n').partition(':')
+        if not colon or len(headers) == FIELDS_MAX:
+            raise ValueError(f'it sent {line[:80]!r} in its head' if line else 'it ended without a head')
+        headers.append((name, value.strip(' \t')))
+    known = {name.lower(): value for name, value in headers}
+    status = known.get('status') or ('302 Found' if 'location' in known else '200 OK')
+    with contextlib.suppress(ValueError):
+        status = f'{status} {HTTPStatus(int(status)).phrase}'           # it was only a number
+    not_passed = HOP_BY_HOP | {'status'}
+    start_response(status, [(name, value) for name, value in headers if name.lower() not in not_passed])
 
 
-def parse_cgi_head(head):
-    """The head of a program's answer -> status, headers."""
-    import http
-    status, headers = None, []
-    for line in head.decode('latin-1').split('\n'):
-        name, colon, value = line.rstrip('\r').partition(':')
-        value = value.strip(' \t')
-        if not colon or not name or not TOKEN.issuperset(name) or '\r' in value or '\0' in value:
-            raise CgiFailed('502 Bad Gateway', f'sent {line[:80]!r} where a header is expected')
-        if name.lower() == 'status':
-            status = value
-        elif name.lower() not in HOP_BY_HOP:
-            headers.append((name, value))
-        if name.lower() == 'location' and status is None:
-            status = '302 Found'
-    status = status or '200 OK'
-    if status.isdecimal() and int(status) in iter(http.HTTPStatus):
-        status = f'{status} {http.HTTPStatus(int(status)).phrase}'
-    try:
-        status_line(status)
-    except ValueError as error:
-        raise CgiFailed('502 Bad Gateway', f'sent a bad status: {error}') from None
-    return status, headers
-
-
-def run_cgi(command, variables, body, seconds, start_response):
+def run_cgi(command, variables, body, seconds, response):
     """Run a program for one request: yields the body of its answer."""
     import subprocess
-    process, begun = None, False
     try:
-        process = start_program(command, variables, body)
-        output = cgi_output(process.stdout.fileno(), start_response.__self__.fd, seconds)
-        head, rest = cgi_head(output)
-        status, headers = parse_cgi_head(head)
-        begun = True
-        start_response(status, headers)
-        yield rest
-        yield from output
-        if process.wait(1) < 0:
-            raise CgiFailed('', f'died: {signal.Signals(-process.returncode).name}')
-    except CgiFailed as error:
-        status, why = error.args
-        log(f'{command[-1]}: the program {why}')
-        if begun:
-            raise ClientGone(0, why) from None          # cuts the connection
-        yield from in_words(start_response, status, f'the program {why}')
-    except subprocess.TimeoutExpired:                   # it closed its output, and goes on
-        pass
-    finally:
-        if process and process.returncode is None:      # not reaped yet, so the pid is still its own
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        if process:
-            process.stdout.close()
+        program = start_program(command, variables, body)
+        with io.BufferedReader(CgiOutput(program, response.fd, seconds), READ_MAX) as output:
+            pass_head(output, response.start_response)
+            yield from iter(output.read1, b'')
+            with contextlib.suppress(subprocess.TimeoutExpired):        # it closed its output, and goes on
+                if program.wait(1) < 0:
+                    raise ChildProcessError(f'it died: {signal.Signals(-program.returncode).name}')
+    except ClientGone:
+        raise
+    except (OSError, ValueError) as error:              # the program's fault
+        status = '504 Gateway Timeout' if isinstance(error, TimeoutError) else '502 Bad Gateway'
+        why = f"the program failed: {getattr(error, 'strerror', None) or error}"
+        log(f'{command[-1]}: {why}')
+        if response.status:                             # its head may be on its way: only a cut can tell
+            raise ClientGone(0, why) from None
+        yield from in_words(response.start_response, status, why)
 
 
 def cgi_application(config, fallback):
     """A WSGI application that runs the programs of `cgi`, and leaves what isn't there to fallback (or None)."""
     import shlex
-    mounts = []
-    for item in config.cgi:
-        mount, equals, target = item.partition('=')
-        mounts.append((mount.rstrip('/') if equals else '', os.path.realpath(target if equals else item)))
-    mounts.sort(key=lambda mount: -len(mount[0]))
+    from urllib.parse import quote
+    mounts = sorted(mount_points(config.cgi), key=lambda mount: -len(mount[0]))
     helpers = {extension: shlex.split(command)
                for extension, _, command in (item.partition('=') for item in config.cgi_helper)}
 
     def application(environ, start_response):
         path = os.fsdecode((environ['SCRIPT_NAME'] + environ['PATH_INFO']).encode('latin-1'))
-        mount, root = next((each for each in mounts if (path + '/').startswith(each[0] + '/')), ('', None))
-        found = root and find_script(root, path[len(mount):], config.cgi_index)
-        if not found:
-            return fallback(environ, start_response) if fallback else in_words(
-                start_response, '404 Not Found', 'there is no such program')
-        file, name, info = found
-        if os.path.isdir(file):
-            return add_slash(environ, start_response, path)
-        helper = helpers.get(os.path.splitext(file)[1], [])
-        if why := forbidden(file, root, helper, config.cgi_allowed_ext):
-            log(f'{file}: {why}')
-            return in_words(start_response, '403 Forbidden', why)
-        variables = cgi_variables(environ, root, file, mount + name, info)
-        return run_cgi([*helper, file], variables, environ['wsgi.input'], config.cgi_timeout, start_response)
+        for file, name, info, root in find_files(mounts, path, config.cgi_index):
+            if name.startswith(f'{path}/'):             # of a directory: links in its pages need the slash
+                query = environ['QUERY_STRING']
+                where = f"/{quote(os.fsencode(path.strip('/')))}/{query and '?' + query}"
+                return in_words(start_response, '301 Moved Permanently', where, ('Location', where))
+            helper = helpers.get(os.path.splitext(file)[1], [])
+            if config.cgi_allowed_ext and not file.endswith(config.cgi_allowed_ext):
+                return in_words(start_response, '403 Forbidden', 'cgi-allowed-ext does not allow this extension')
+            if not helper and not os.access(file, os.X_OK):
+                return in_words(start_response, '403 Forbidden',
+                                'the file is not executable, and there is no cgi-helper for its extension')
+            variables = cgi_variables(environ, root, file, name, info)
+            response = start_response.__self__
+            return run_cgi([*helper, file], variables, environ['wsgi.input'], config.cgi_timeout, response)
+        if fallback:
+            return fallback(environ, start_response)
+        return in_words(start_response, '404 Not Found', 'there is no such program')
     return application
 
 
@@ -4089,7 +3973,7 @@ def check(config):
     show_config(config)
     errors = list(config.errors)
     trials = [(prepare, config), (owner, f'{config.uid or ""}:{config.gid or ""}'), (owner, config.chown_socket or '')]
-    trials += [(check_address, address) for address in config.socket + config.uwsgi_socket + config.http_socket]
+    trials += [(parse_address, address) for address in config.socket + config.uwsgi_socket + config.http_socket]
     for trial, what in trials:
         try:
             trial(what)

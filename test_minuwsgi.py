@@ -1042,7 +1042,7 @@ class TestSockets:
         assert code == 1 and f"can't bind 127.0.0.1:{server.http[1]}: Address already in use" in output
 
     @pytest.mark.parametrize('address, words', [
-        ('nowhere/s', 'there is no directory'), ('x' * 120, 'longer than the 107 bytes'),
+        ('nowhere/s', 'there is no directory'), ('x' * 120, 'path too long'),
         ('127.0.0.1:http', 'is no port'),
         ('256.1.1.1:80', "can't bind"), ('fd://99', "can't bind"), ('127.0.0.1:70000', 'is no port')])
     def test_an_address_that_cannot_be_bound_is_told(self, tmp, address, words):
@@ -2405,12 +2405,12 @@ SERVED = [('/s/a.txt', b'0123456789', 'text/plain'), ('/s/sub/b.css', b'css', 't
           ('/s/empty.txt', b'', 'text/plain'), ('/s/big.bin', bytes(range(256)) * 20000, 'application/octet-stream'),
           ('/s/link.txt', b'0123456789', 'text/plain'), ('/s/safe/e.txt', b'else', 'text/plain'),
           ('/s//a.txt', b'0123456789', None),
-          ('/s/sub/../a.txt', b'0123456789', 'text/plain'), ('/s/%61.txt', b'0123456789', 'text/plain'),
+          ('/s/%61.txt', b'0123456789', 'text/plain'),
           ('/z.txt', b'checked', None),
           ('/m2/y.txt', b'map2', None), ('/icon.ico', b'icon', None), ('/linked/a.txt', b'0123456789', None),
           ('/s/a.txt?v=1', b'0123456789', 'text/plain')]
-MISSED = ['/', '/s', '/s/', '/s/none', '/sa.txt', '/s/a.txt/', '/s/a.txt/x', '/s/../secret', '/s/%2e%2e/secret',
-          '/s/..%2fsecret',
+MISSED = ['/', '/s', '/s/', '/s/none', '/sa.txt', '/s/a.txt/', '/s/a.txt/x', '/s/sub/../a.txt',
+          '/s/../secret', '/s/%2e%2e/secret', '/s/..%2fsecret',
           '/s/sub/../../secret', '/s/../rootless/secret', '/s/..%2frootless%2fsecret', '/s%2f..%2fsecret',
           '/s/out.txt', '/s/up/secret',
           '/s/up/root/../secret', '/s/loop', '/s/fifo', '/s/no-index/', '/s/a.txt%00', '/s/%00',
@@ -2442,12 +2442,13 @@ def test_static_files_are_for_get_and_head(static, method):
     assert static.get('/s/a.txt', method=method).body == b'app'
 
 
+NO_RANGE = b'416 Range Not Satisfiable: 10 bytes\n'
 CONDITIONS = [                                  # headers (T: the ETag, M: Last-Modified), status, body, Content-Range
     ('If-None-Match: T', 304, b'', None), ('If-None-Match: W/T', 304, b'', None),
     ('If-None-Match: "x", T', 304, b'', None),
     ('If-None-Match: *', 304, b'', None), ('If-None-Match: "x"', 200, b'0123456789', None),
     ('If-None-Match: "x"\r\nIf-Modified-Since: M', 200, b'0123456789', None), ('If-Modified-Since: M', 304, b'', None),
-    ('If-Modified-Since: Fri, 01 Jan 2100 00:00:00 GMT', 304, b'', None),
+    ('If-Modified-Since: Fri, 01 Jan 2100 00:00:00 GMT', 200, b'0123456789', None),
     ('If-Modified-Since: junk', 200, b'0123456789', None),
     ('If-Modified-Since: Thu, 01 Jan 1970 00:00:00 GMT', 200, b'0123456789', None),
     ('If-Modified-Since:', 200, b'0123456789', None),
@@ -2455,7 +2456,7 @@ CONDITIONS = [                                  # headers (T: the ETag, M: Last-
     ('Range: bytes=0-3', 206, b'0123', 'bytes 0-3/10'), ('Range: bytes=8-', 206, b'89', 'bytes 8-9/10'),
     ('Range: bytes=-3', 206, b'789', 'bytes 7-9/10'), ('Range: bytes=5-99', 206, b'56789', 'bytes 5-9/10'),
     ('Range: bytes=-99', 206, b'0123456789', 'bytes 0-9/10'), ('Range: BYTES = 1 - 2', 206, b'12', 'bytes 1-2/10'),
-    ('Range: bytes=10-', 416, b'', 'bytes */10'), ('Range: bytes=-0', 416, b'', 'bytes */10'),
+    ('Range: bytes=10-', 416, NO_RANGE, 'bytes */10'), ('Range: bytes=-0', 416, NO_RANGE, 'bytes */10'),
     ('Range: bytes=3-1', 200, b'0123456789', None), ('Range: bytes=0-1,3-4', 200, b'0123456789', None),
     ('Range: lines=0-1', 200, b'0123456789', None), ('Range: bytes=a-b', 200, b'0123456789', None),
     ('Range: bytes=-', 200, b'0123456789', None), ('Range: bytes=1', 200, b'0123456789', None),
@@ -3046,9 +3047,8 @@ def test_cgi_heeds_status_and_location_and_complains_of_what_is_no_head(cgi):
     answer = server.ask('/bin/location')
     assert (answer.status, answer.header('Location')) == ('302 Found', '/there')
     assert server.ask('/bin/toomuch').status == '502 Bad Gateway'
-    for name, why in (('garbage', 'where a header is expected'), ('silent', 'without a head'),
-                      ('badstatus', 'bad status'),
-                      ('badprogram', "can't be started")):
+    for name, why in (('garbage', 'in its head'), ('silent', 'without a head'), ('badstatus', "'x' is no status"),
+                      ('badprogram', 'No such file')):
         answer = server.ask(f'/bin/{name}')
         assert answer.status == '502 Bad Gateway' and why in answer.text, name
     assert 'went wrong' in server.lines
@@ -3064,11 +3064,10 @@ def test_cgi_never_leaves_its_directory(cgi, tmp):
     (tmp / 'bin/outside').symlink_to('../secret')
     (tmp / 'bin/plain.txt').chmod(0o644)
     assert server.ask('/bin/ok').text == 'ok\n' and server.ask('/bin/inside').text == 'ok\n'
-    assert server.ask('/bin/outside').status == '403 Forbidden'
     answer = server.ask('/bin/plain.txt')
     assert answer.status == '403 Forbidden' and 'not executable' in answer.text
     for path in ('/bin/../secret', '/bin/%2e%2e/secret', '/bin/..%2fsecret', '/bin//../secret', '/bin/ok%00',
-                 '/bin/ok/../x'):
+                 '/bin/ok/../x', '/bin/outside'):
         assert server.get(path).text.endswith('hello\n'), path          # not found: so the application is asked
     assert server.ask('/binary').text == 'hello\n'
 
@@ -5703,7 +5702,7 @@ class TestBadMachine:
         process.terminate()
         process.wait(PATIENCE)
         reader.join(PATIENCE)
-        found = re.findall(rb'/hello\?(\d+)', b''.join(read))
+        found = re.findall(rb'/hello\?(\d+)x+ =>', b''.join(read))         # 'stopping' may name the last one too
         assert found == [b'%03d' % i for i in range(300)]
 
     def test_durations_are_measured_by_the_clock_that_does_not_jump(self):
@@ -5762,8 +5761,8 @@ class TestMessages:
 
     @pytest.mark.parametrize('ini, words, code', [
         ('module = app\nsocket = 127.0.0.1:99999', "x.ini:3: can't bind 127.0.0.1:99999: '99999' is no port", 1),
-        ('module = app\nsocket = http://127.0.0.1:8000', 'write host:port or a path, without http://', 1),
-        ('module = app\nsocket = fd://x', "'x' is no descriptor; write fd://3", 1),
+        ('module = app\nsocket = http://127.0.0.1:8000', 'x.ini:3: can\'t bind http://127.0.0.1:8000: write', 1),
+        ('module = app\nsocket = fd://x', "can't bind fd://x: write host:port, a path, or fd://3", 1),
         ('module = app\nsocket = s\nuid = nobdy', 'nobdy: there is no such user or group', 1),
         ('module = app\nsocket = s\nchdir = /nix', 'x.ini:4: chdir = /nix: No such file', 1),
         ('module = app\nsocket = s\nprocesses = 100000', '10000 in all are the most', 1),
