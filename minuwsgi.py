@@ -4,38 +4,41 @@
     python3 -m minuwsgi example.ini             the same from its bytecode: starts faster, takes less memory
     python3 minuwsgi.py --check site.ini        look for all that would stop a start
 
-The parts, from the leaves to main(); each uses only what stands above it:
+The parts, from the leaves to main(); each uses only what stands above it. Who has an hour and wants to know
+how a preforking server works reads those with a *, and the opening of each other.
 
-     1 Options      settings from INI files and the command line become a Config
-     2 Log          one line, one write; a log that nobody reads holds nobody up
-     3 Sockets      Listener: bind with the right mode, refuse what isn't ours, vacuum
-     4 uwsgi        the packet that nginx sends, read plainly (unpack_vars) and by guess (Expected)
-     5 HTTP         a head becomes the same environ
-     6 WSGI         input, Response, and the jobs that send it
-     7 Static files and 8 Other languages: CGI, Ruby and Perl under the same master
-     9 Offload      a thread that finishes the jobs for which a worker should not wait
-    10 Worker       Core.serve(), the hot path; Core.wait() for several sockets and HTTP
-    11 Loading      the application is found, or said where it was looked for
-    12 Statistics   what each worker does, as JSON and for Prometheus
-    13 Master       forks, watches, replaces, reloads
-    14 Command line main()
+     1   Options      settings from INI files and the command line become a Config
+     2   Log          one line, one write; a log that nobody reads holds nobody up
+     3 * Sockets      Listener: bind with the right mode, refuse what isn't ours, vacuum
+     4 * uwsgi        the packet that nginx sends, read plainly (unpack_vars) and by guess (Expected)
+     5   HTTP         a head becomes the same environ
+     6 * WSGI         input, Response, and the jobs that send it
+     7   Static files and 8 Other languages: CGI, Ruby and Perl under the same master
+     9 * Offload      a thread that finishes the jobs for which a worker should not wait
+    10 * Serving      Core.serve(), the hot path; Core.wait() for several sockets and HTTP
+    11 * Worker       the process around it, which can be told to stop at any moment
+    12   Loading      the application is found, or said where it was looked for
+    13   Statistics   what each worker does, as JSON and for Prometheus
+    14 * Master       forks, watches, replaces, reloads
+    15   Command line main()
 
 The life of a request. A worker waits in accept() (Core.serve). It reads the packet into its Row of the
 scoreboard, where the master can see it; the packet becomes environ (Expected, or Expected.rest). The
 application gets environ and Response.start_response, which checks the head. A small body leaves with the
-head in one write, and the connection is closed: accept4, preadv2, write, close; one more write is the
-line of the request log. What is larger becomes a job (Response.finish): run_a_while() runs it for a
+head in one write (send_small), and the connection is closed: accept4, preadv2, write, close; one more write
+is the line of the request log. What is larger becomes a job (Response.finish): run_a_while() runs it for a
 moment; then Offloader.take() owns job and descriptor, and the worker takes the next request. Over HTTP,
-Core.wait() watches the kept connections, and Core.http_request() stands where the middle of serve() does.
-Exceptions end in Core.failed(): 400 and the like for a bad request, nothing for a client that left, 500
-or a cut connection and a traceback in the log for an application that failed.
+Core.wait() stands in for accept(): it watches the kept connections too, and gives one whose head is whole;
+read_request() makes environ of it, and let_go() parks it again. Exceptions end in Core.failed(): 400 and the
+like for a bad request, nothing for a client that left, 500 or a cut connection and a traceback in the log for
+an application that failed.
 
-The life of a signal. In the master it becomes a byte in a pipe (Signals); Master.run() wakes, on_signal()
-notes what is wanted, and converge() compares what is with what should be: reap() the dead, kill what is
-overdue, spawn() what is missing, one after the other replace what must go. A worker that is told to stop
-(Worker.on_stop) finishes its request; a pipe that nobody writes to, in the place of its listener, makes
-the next accept() fail. For a reload a child tries the new code (--check); then the master executes itself
-anew, inherits sockets and old workers (after_proof, adopt), and replaces these.
+The life of a signal. In the master it becomes a byte in a pipe (catch_signals); Master.run() wakes, on_signal()
+notes what is wanted, and converge() compares what is with what should be: reap() the dead, spawn() what is
+missing, one after the other replace what must go, kill what is overdue (keep_time). A worker that is told to
+stop (Worker.on_stop) finishes its request; a pipe that nobody writes to, in the place of its listener, makes
+the next accept() fail. For a reload a child tries the new code (try_reload); then the master executes itself
+anew (after_proof), inherits sockets and old workers (inherited_state), and replaces these.
 
 Who owns what. The master: sockets and their files, the pidfile, the workers' lifelines. A worker: the
 connection it accepted, until it closes it or gives it to an Offloader, which closes it when the job is
@@ -390,7 +393,7 @@ def sections_of(file, text):
     return sections
 
 
-RELOADED = 'MINUWSGI_RELOAD'            # the variable that hands state to the new image (part 13)
+RELOADED = 'MINUWSGI_RELOAD'            # the variable that hands state to the new image (part 14)
 
 # What `if-file = X` and the like ask of X; what `if-env` and `if-opt` find is the text for %(_).
 TESTS = {'file': os.path.isfile, 'dir': os.path.isdir, 'directory': os.path.isdir, 'exists': os.path.exists,
@@ -2264,27 +2267,17 @@ class Offloader:
 
 
 # ---------------------------------------------------------------------------------------------
-# 10. Worker
+# 10. Serving requests
 #
-# A worker is a process that serves. Core.serve() is the hot path; for a small request behind nginx
-# it makes four system calls: accept4, preadv2, write, close. With one socket and one thread it waits
-# in accept() itself; a select before it would be one more call, and would wake all workers for a
-# connection that one gets. With several sockets, HTTP or threads, Core.wait() stands in for accept(): it
-# watches listeners and kept HTTP connections at once, so that those that are silent or slow hold nobody.
+# A core serves one request at a time; a worker with several threads has several. Core.serve() is the
+# hot path: for a small request behind nginx it makes four system calls, accept4, preadv2, write, close.
+# With one socket and one thread it waits in accept() itself; a select before it would be one more call,
+# and would wake all workers for a connection that one gets. With several sockets, HTTP or threads,
+# Core.wait() stands in for accept(): it watches listeners and kept HTTP connections at once, so that
+# those that are silent or slow hold nobody.
 #
-# Whoever owns the descriptor of a connection closes it: that is the worker, until Core.let_go() gives
-# it to an Offloader or parks it. A job closes only the file that it sends.
-#
-# A stop must neither lose a connection nor wait for one. So the handler of the signal puts the end
-# of a closed pipe in the place of the listening descriptor (dup2): the accept() that was
-# interrupted is tried again by Python (PEP 475) and fails; a connection that came before is served.
-# A signal between Python's check and the system call would go unnoticed until the next connection,
-# which is why the master repeats it. (Its own death can be missed so: then one more request is served.)
-# Core.wait() is woken by a pipe instead (stop_write), and look_at_time() ends it.
-
-STOP_SIGNALS = signal.SIGTERM, signal.SIGHUP, signal.SIGIO      # for a worker
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
-           signal.SIGCHLD)
+# Whoever owns the descriptor of a connection closes it: that is the core, until let_go() gives it to an
+# Offloader or parks it. A job closes only the file that it sends.
 
 # A row of the scoreboard, one for each core, in shared memory: the last packet, then these numbers.
 # READY: 1, or from when on it counts as ready. STARTED: when its request began, 0: idle. BUSY: seconds in all.
@@ -2764,6 +2757,24 @@ class Core:
         return body
 
 
+# ---------------------------------------------------------------------------------------------
+# 11. Worker
+#
+# A worker is a process that serves. Its cores share its listeners, offload threads and kept
+# connections; the master speaks to it by signals, and it answers in the first row of its scoreboard.
+#
+# A stop must neither lose a connection nor wait for one. So the handler of the signal puts the end
+# of a closed pipe in the place of the listening descriptor (dup2): the accept() that was
+# interrupted is tried again by Python (PEP 475) and fails; a connection that came before is served.
+# A signal between Python's check and the system call would go unnoticed until the next connection,
+# which is why the master repeats it. (Its own death can be missed so: then one more request is served.)
+# Core.wait() is woken by a pipe instead (stop_write), and look_at_time() ends it.
+
+STOP_SIGNALS = signal.SIGTERM, signal.SIGHUP, signal.SIGIO      # for a worker
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
+           signal.SIGCHLD)
+
+
 class Worker:
     """A process that serves: its cores, and what they share."""
 
@@ -3047,7 +3058,7 @@ class Worker:
 
 
 # ---------------------------------------------------------------------------------------------
-# 11. Loading the application
+# 12. Loading the application
 #
 # The application is loaded once, in the master before the fork: the workers share its memory, and a
 # mistake in it shows before anybody is served. Whatever fails is said with where it was looked for.
@@ -3190,7 +3201,7 @@ def look_before_fork():
 
 
 # ---------------------------------------------------------------------------------------------
-# 12. Statistics
+# 13. Statistics
 #
 # The rows of the scoreboard tell what each worker does. From them, and the kernel's numbers, the
 # master answers who asks (so it does even when all workers are busy), and each worker answers its
@@ -3338,7 +3349,7 @@ def offer_uwsgi_module(config):
 
 
 # ---------------------------------------------------------------------------------------------
-# 13. Master
+# 14. Master
 #
 # The master owns the sockets, loads the application, forks workers and waits. Each signal becomes a
 # byte in a pipe (signal.set_wakeup_fd()). One loop sleeps on that pipe and its next deadline, and then
@@ -3832,7 +3843,7 @@ class Master:
 
 
 # ---------------------------------------------------------------------------------------------
-# 14. Command line
+# 15. Command line
 #
 # main() reads the configuration; start_and_run() has the steps of a start in their order: go where
 # the log is, catch signals, take the sockets and the pidfile, give up root's rights, load the

@@ -3183,7 +3183,7 @@ class TestOffload:
 
 
 # ---------------------------------------------------------------------------------------------
-# 10. to 14. Worker, loading, statistics, master, command line
+# 10. to 15. Serving, worker, loading, statistics, master, command line
 
 SLOW = APPS + """
 def slow(e, s):
