@@ -361,9 +361,14 @@ def substitute(opening, value, replacement):
 
 
 def read_file(name):
-    """The content of a file, less one line end; None if it can't be read."""
-    with contextlib.suppress(OSError, ValueError), open(name, encoding='utf-8-sig', errors='surrogateescape') as file:
+    """The content of a file, less one line end."""
+    with open(name, encoding='utf-8-sig', errors='surrogateescape') as file:
         return file.read().removesuffix('\n')
+
+
+def read_if_there(name):
+    with contextlib.suppress(OSError, ValueError):
+        return read_file(name)
 
 
 def magic(text, first, this):
@@ -400,7 +405,8 @@ TESTS = {'file': os.path.isfile, 'dir': os.path.isdir, 'directory': os.path.isdi
          'hostname': lambda name: socket.gethostname() == name, 'reload': lambda _: RELOADED in os.environ,
          'plugin': lambda name: name.startswith(('python', 'http', 'cgi')), 'env': os.environ.get, 'opt': None}
 CONDITIONS = {prefix + test: test for test in TESTS for prefix in ('if-', 'if', 'if-not-')}
-LOOPS = {'for': str.split, 'for-glob': glob_sorted, 'for-readline': lambda name: (read_file(name) or '').splitlines(),
+LOOPS = {'for': str.split, 'for-glob': glob_sorted,
+         'for-readline': lambda name: (read_if_there(name) or '').splitlines(),
          'for-times': lambda times: [str(i + 1) for i in range(min(leading_number(times) or 0, 10000))]}
 BLOCKS, ENDS = {*CONDITIONS, *LOOPS}, {'endif', 'end-if', 'endfor', 'end-for', 'end'}
 
@@ -569,12 +575,13 @@ class Config:
         if (file, section) in self.files:
             setting.warnings.append(f'{file}:{section} was read already')
             return []
-        text = read_file(file)
-        if text is None:
-            why = 'only files can be read' if '://' in file else 'is it there, and may we read it?'
+        try:
+            text = read_file(file)
+        except (OSError, ValueError) as error:
+            why = f"can't read {file}: {getattr(error, 'strerror', None) or error}"
             if setting.where == COMMAND_LINE:
-                raise ConfigError(f"can't read {file}: {why}")
-            setting.errors.append(f"can't read {file}: {why}")
+                raise ConfigError(why) from None
+            setting.errors.append(why + '; only files can be read' * ('://' in file))
             return []
         self.files.append((file, section))
         text = magic(text, self.files[0], self.files[-1])
@@ -594,7 +601,7 @@ class Config:
     def fill(self, value, within=()):
         """Fill in $(ENV), @(file) and %(name), in uWSGI's order; what isn't known stays as it is."""
         value = substitute('$(', value, os.environ.get)
-        value = substitute('@(', value, read_file)
+        value = substitute('@(', value, read_if_there)
         return substitute('%(', value, lambda expression: self.compute(expression, within))
 
     def compute(self, expression, within):
@@ -1820,11 +1827,14 @@ def find_files(mounts, path, indexes, safe=()):
         if not f'{path}/'.startswith(f'{prefix}/'):
             continue
         below = path[len(prefix):]
-        names = [below[:end] for end in range(len(below) + 1) if below[end:end + 1] in ('', '/')]
-        if os.path.isdir(root + below):
-            names = [f"{below.rstrip('/')}/{index}" for index in indexes]
-        name = next((name for name in names if os.path.isfile(root + name)), None)
-        if name is not None:
+        end = 0
+        while os.path.isdir(root + below[:end]) and end < len(below):
+            end = (below + '/').find('/', end + 1)
+        name = below[:end]
+        if os.path.isdir(root + name):
+            name = next((f"{name.rstrip('/')}/{index}" for index in indexes
+                         if os.path.isfile(f'{root}{name}/{index}')), None)
+        if name is not None and os.path.isfile(root + name):
             file = os.path.realpath(root + name)
             if any(os.path.commonpath((top, file)) == top for top in (os.path.realpath(root), *safe)):
                 yield file, prefix + name, below[len(name):], root
@@ -1844,11 +1854,15 @@ def expiry(value):
 
 
 def is_fresh(environ, tag, modified):
-    """Has the client got this version (RFC 9110, 13.2.2)? A date must be the one that we told, as for nginx."""
+    """Has the client got this version (RFC 9110, 13.2.2)?"""
     known = environ.get('HTTP_IF_NONE_MATCH')
-    if known is None:
-        return environ.get('HTTP_IF_MODIFIED_SINCE') == modified
-    return known.strip() == '*' or tag in [one.strip().replace('W/', '', 1) for one in known.split(',')]
+    if known is not None:
+        return known.strip() == '*' or tag in [one.strip().replace('W/', '', 1) for one in known.split(',')]
+    from email.utils import parsedate_to_datetime
+    try:
+        return parsedate_to_datetime(modified) <= parsedate_to_datetime(environ['HTTP_IF_MODIFIED_SINCE'])
+    except (LookupError, TypeError, ValueError):        # there is none, or it isn't a date
+        return False
 
 
 def byte_range(environ, size, versions):
@@ -3789,6 +3803,9 @@ class Master:
         worker.handle_signals()                         # the application may have set others meanwhile
         if not master:
             signal.signal(signal.SIGINT, worker.on_stop)
+            for name in 'harakiri', 'stats', 'touch_reload', 'max_worker_lifetime':
+                if getattr(self.config, name):
+                    log(f"{name.replace('_', '-')} needs a master: it does nothing with master = false")
             log('ready: this process serves, without a master')
             self.start.tell_parent()
         worker.run()
