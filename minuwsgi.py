@@ -1471,7 +1471,8 @@ class Body(io.RawIOBase):
     of it.  left: bytes that are still to come; -1: of a chunked body, as long as its end isn't read."""
 
     def __init__(self, fd, begun, left, timeout, limit):
-        self.fd, self.begun, self.left, self.timeout = fd, begun, left, timeout
+        self.fd, self.left, self.timeout = fd, left, timeout
+        self.begun, self.at = begun, 0  # what was received; so much of it is used
         self.patience = timeout         # how long we would wait: what comes slower than BODY_RATE uses it up
         self.waited = lambda seconds: None              # is told how long the client let us wait
         self.wants_continue = False     # the client waits for 100 Continue before it sends
@@ -1497,14 +1498,19 @@ class Body(io.RawIOBase):
         waited = time.monotonic() - began
         self.patience = min(self.timeout, self.patience - waited + got / BODY_RATE)
         self.waited(waited)
-        self.begun += self.buffer[:got]
+        self.begun, self.at = self.begun[self.at:] + self.buffer[:got], 0
 
     def take(self, most):
-        """The next bytes, `most` at the most. What is left in `begun` after the end is the next request."""
-        if not self.begun:
+        """The next bytes, `most` at the most."""
+        if self.at == len(self.begun):
             self.receive()
-        data, self.begun = self.begun[:most], self.begun[most:]
+        data = self.begun[self.at:self.at + most]
+        self.at += len(data)
         return data
+
+    def behind(self):
+        """What came behind the body: the next requests."""
+        return bytes(self.begun[self.at:])
 
     def read_plain(self):
         while self.left:
@@ -1540,9 +1546,9 @@ class Body(io.RawIOBase):
         return int(size, 16)
 
     def line(self):
-        while (end := self.begun.find(b'\n') + 1) == 0 and len(self.begun) <= 1024:
+        while (end := self.begun.find(b'\n', self.at) + 1) == 0 and len(self.begun) - self.at <= 1024:
             self.receive()
-        line, self.begun = self.begun[:end], self.begun[end:]
+        line, self.at = self.begun[self.at:end], max(self.at, end)
         if len(line) > 1024 or line[-2:] != b'\r\n' or controls(line) != 2:
             raise BadRequest('a bad line between chunks')
         return line[:-2]
@@ -2653,7 +2659,7 @@ class Core:
             return self.worker.keep(connection)
         response.ending = ''
         if response.http and body is not None:
-            connection.data = body.begun                # the next requests
+            connection.data = body.behind()
         if response.keep:
             done = functools.partial(self.worker.take_back, connection)
         elif response.http and connection.data:         # nobody will take them
