@@ -862,6 +862,69 @@ def rotate_log(config):
         reopen_log(config)
 
 
+class RequestLog:
+    """A line for each request of a core, in uWSGI's format, byte for byte, or in that of log-format."""
+
+    def __init__(self, config, write, total, worker, core):
+        self.config, self.write = config, write
+        self.total = total                              # of all workers, in shared memory
+        self.worker, self.core = worker, core           # their numbers
+        self.second, self.date = 0, ''
+        self.start, self.end = f'[pid: {os.getpid()}|app: 0|req: ', f'(1 switches on core {core})\n'
+        self.all, self.format = not config.disable_logging, config.log_format
+
+    def add(self, environ, response, requests, variables, size, took):
+        """requests: of this core so far; variables, size: number and bytes of those in the packet; took: seconds."""
+        second = int(time.time())
+        if second != self.second:
+            self.second, self.date = second, time.ctime(second)         # strftime() would heed the locale
+            reopen_log(self.config)                     # logrotate may have moved it
+        self.total[0] += 1
+        get, status, sent, head, headers = environ.get, (response.status or '500')[:3], 0, 0, 0
+        if response.sent:
+            sent, head, headers = response.size, len(response.head), response.headers
+        if not (self.all or self.is_wanted(status, sent, took * 1000)):
+            return
+        address = self.config.log_x_forwarded_for and get('HTTP_X_FORWARDED_FOR') or get('REMOTE_ADDR', '')
+        if self.format:
+            line = self.formatted(environ, took, {
+                'wreq': requests, 'addr': address, 'status': status, 'headers': headers, 'hsize': head, 'rsize': sent,
+                'size': head + sent, 'vars': 2 * variables, 'pktsize': size})
+        else:
+            line = (f"{self.start}{requests}/{self.total[0]}] {address} ({get('REMOTE_USER', '')}) "
+                    f"{{{2 * variables} vars in {size} bytes}} [{self.date}] {get('REQUEST_METHOD', '')} "
+                    f"{get('REQUEST_URI', '')} => generated {sent} bytes in {int(took * 1000)} msecs "
+                    f"({get('SERVER_PROTOCOL', '')} {status}) {headers} headers in {head} bytes {self.end}")
+        self.write(line.encode('latin-1', 'backslashreplace'))
+
+    def is_wanted(self, status, size, milliseconds):
+        """With disable-logging, some requests are logged all the same."""
+        config = self.config
+        return (config.log_4xx and status[0] == '4' or config.log_5xx and status[0] == '5'
+                or config.log_slow and milliseconds >= config.log_slow or config.log_zero and not size
+                or config.log_big and size >= config.log_big)
+
+    def formatted(self, environ, took, values):
+        """The line of log-format: %(name) of uWSGI's names, %(var.NAME) of the environ; '-' for what isn't there."""
+        now = time.time()
+        local = time.strftime('%d/%b/%Y:%H:%M:%S %z', time.localtime(now))
+        for name, variable in (('uri', 'REQUEST_URI'), ('method', 'REQUEST_METHOD'), ('user', 'REMOTE_USER'),
+                               ('host', 'HTTP_HOST'), ('proto', 'SERVER_PROTOCOL'), ('uagent', 'HTTP_USER_AGENT'),
+                               ('referer', 'HTTP_REFERER')):
+            values[name] = environ.get(variable)
+        values.update({
+            'cl': environ.get('CONTENT_LENGTH') or 0, 'micros': int(took * 1e6), 'msecs': int(took * 1e3),
+            'secs': f'{took:.6f}', 'tmsecs': int((now - took) * 1e3), 'tmicros': int((now - took) * 1e6),
+            'time': int(now - took), 'epoch': int(now), 'ctime': self.date, 'ltime': local, 'ftime': local,
+            'pid': os.getpid(), 'wid': self.worker, 'core': self.core, 'req': self.total[0],
+            'switches': 1, 'modifier1': 0, 'modifier2': 0})
+
+        def fill(name):
+            value = environ.get(name[4:]) if name[:4] == 'var.' else values.get(name)
+            return '-' if value in (None, '') else str(value).replace('\n', '\\n')
+        return substitute('%(', self.format, fill) + '\n'
+
+
 # ---------------------------------------------------------------------------------------------
 # 3. Sockets
 #
@@ -2402,73 +2465,108 @@ class Harakiri(BaseException):
     """Breaks a request off that took longer than the option harakiri allows."""
 
 
-class RequestLog:
-    """A line for each request of a core, in uWSGI's format, byte for byte, or in that of log-format."""
+class KeptConnections:
+    """What Core.wait() watches: the listeners, and the HTTP connections that no core serves. Such a connection is
+    in one place at a time: parked here, claimed by the core that serves it (by parked.pop()), or lent to an
+    Offloader; only who has it closes it. With threads, an event is for one of them alone (EPOLLONESHOT)."""
 
-    def __init__(self, worker, number):
-        self.config, self.worker, self.number, self.numbers = worker.config, worker, number, worker.rows[number].numbers
-        self.second, self.date, self.total, self.write = 0, '', worker.total, worker.request_log.write
-        self.start, self.end = f'[pid: {os.getpid()}|app: 0|req: ', f'(1 switches on core {number})\n'
-        self.all, self.format = not self.config.disable_logging, self.config.log_format
+    def __init__(self, listeners, config):
+        self.listeners, self.config, self.parked = listeners, config, {}        # parked: descriptor -> Connection
+        self.undrained = set()                          # at a stop: listeners where somebody may wait yet
+        self.closing_at = math.inf                      # when a stopping worker leaves those that are silent
+        self.next_look = 0.0
+        self.poll = select.epoll()
+        self.stop_read, self.stop_write = os.pipe()
+        self.poll.register(self.stop_read, select.EPOLLIN)
+        for fd, listener in listeners.items():
+            listener.socket.setblocking(False)
+            self.poll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)      # wakes one process, not all
+        self.one_shot = select.EPOLLONESHOT if config.threads > 1 else 0
 
-    def add(self, environ, response, variables, size, took):
-        """variables, size: number and bytes of those in the packet; took: seconds."""
-        second = int(time.time())
-        if second != self.second:
-            self.second, self.date = second, time.ctime(second)         # strftime() would heed the locale
-            reopen_log(self.config)                     # logrotate may have moved it
-        self.total[0] += 1
-        get, status, sent, head, headers = environ.get, (response.status or '500')[:3], 0, 0, 0
-        if response.sent:
-            sent, head, headers = response.size, len(response.head), response.headers
-        if not (self.all or self.is_wanted(status, sent, took * 1000)):
-            return
-        address = self.config.log_x_forwarded_for and get('HTTP_X_FORWARDED_FOR') or get('REMOTE_ADDR', '')
-        if self.format:
-            line = self.formatted(environ, took, {
-                'addr': address, 'status': status, 'headers': headers, 'hsize': head, 'rsize': sent,
-                'size': head + sent, 'vars': 2 * variables, 'pktsize': size})
+    def events(self):
+        """[(descriptor, event)], none if nothing comes for a second."""
+        most = 1 if self.one_shot else 64               # threads must not hoard what others could do
+        return [(fd, 0) for fd in list(self.undrained)] or self.poll.poll(1 if self.parked else None, most)
+
+    def park(self, connection, deadline, events=select.EPOLLIN):
+        """Wait for more from the client without a thread that waits."""
+        fd, known = connection.fd, connection.events
+        if connection.blocking:
+            connection.unblock()
+        connection.deadline, connection.events = deadline, events
+        self.parked[fd] = connection                    # first: the event may come to another thread at once
+        if not known:
+            self.poll.register(fd, events | self.one_shot)
+        elif known != events or self.one_shot:
+            self.poll.modify(fd, events | self.one_shot)
+
+    def keep(self, connection, events=select.EPOLLIN):
+        """It has had its response, and waits for the next request. One that has come already brings no event any
+        more, but that there is room to write does."""
+        if connection.data:
+            self.park(connection, time.monotonic() + self.config.socket_timeout, select.EPOLLIN | select.EPOLLOUT)
         else:
-            line = (f"{self.start}{int(self.numbers[REQUESTS])}/{self.total[0]}] {address} ({get('REMOTE_USER', '')}) "
-                    f"{{{2 * variables} vars in {size} bytes}} [{self.date}] {get('REQUEST_METHOD', '')} "
-                    f"{get('REQUEST_URI', '')} => generated {sent} bytes in {int(took * 1000)} msecs "
-                    f"({get('SERVER_PROTOCOL', '')} {status}) {headers} headers in {head} bytes {self.end}")
-        self.write(line.encode('latin-1', 'backslashreplace'))
+            self.park(connection, time.monotonic() + self.config.http_timeout, events)
 
-    def is_wanted(self, status, size, milliseconds):
-        """With disable-logging, some requests are logged all the same."""
-        config = self.config
-        return (config.log_4xx and status[0] == '4' or config.log_5xx and status[0] == '5'
-                or config.log_slow and milliseconds >= config.log_slow or config.log_zero and not size
-                or config.log_big and size >= config.log_big)
+    def lend(self, connection):
+        """It belongs to a job now."""
+        if connection.events:
+            connection.events = 0
+            self.poll.unregister(connection.fd)
 
-    def formatted(self, environ, took, values):
-        """The line of log-format: %(name) of uWSGI's names, %(var.NAME) of the environ; '-' for what isn't there."""
-        now = time.time()
-        local = time.strftime('%d/%b/%Y:%H:%M:%S %z', time.localtime(now))
-        for name, variable in (('uri', 'REQUEST_URI'), ('method', 'REQUEST_METHOD'), ('user', 'REMOTE_USER'),
-                               ('host', 'HTTP_HOST'), ('proto', 'SERVER_PROTOCOL'), ('uagent', 'HTTP_USER_AGENT'),
-                               ('referer', 'HTTP_REFERER')):
-            values[name] = environ.get(variable)
-        values.update({
-            'cl': environ.get('CONTENT_LENGTH') or 0, 'micros': int(took * 1e6), 'msecs': int(took * 1e3),
-            'secs': f'{took:.6f}', 'tmsecs': int((now - took) * 1e3), 'tmicros': int((now - took) * 1e6),
-            'time': int(now - took), 'epoch': int(now), 'ctime': self.date, 'ltime': local, 'ftime': local,
-            'pid': os.getpid(), 'wid': self.worker.number, 'core': self.number, 'req': self.total[0],
-            'wreq': int(self.numbers[REQUESTS]), 'switches': 1, 'modifier1': 0, 'modifier2': 0})
+    def take_back(self, connection, fd, ok):
+        """The end of the job, in its thread: wait() has to wake up, and to look at the time from now on."""
+        self.keep(connection, select.EPOLLIN | select.EPOLLOUT) if ok else close_hard(fd)
 
-        def fill(name):
-            value = environ.get(name[4:]) if name[:4] == 'var.' else values.get(name)
-            return '-' if value in (None, '') else str(value).replace('\n', '\\n')
-        return substitute('%(', self.format, fill) + '\n'
+    def stop(self, drain):
+        """No new connections; drain: but those that wait already."""
+        self.closing_at = time.monotonic() + 1
+        self.undrained = set(self.listeners) if drain else set()
+        for fd in self.listeners:
+            with contextlib.suppress(OSError):
+                self.poll.unregister(fd)
+        os.write(self.stop_write, b'.')
+
+    def look_at_time(self, busy):
+        """Once a second: close those whose time is up. At a stop: leave when nothing more comes."""
+        now = time.monotonic()
+        if self.closing_at < math.inf and not busy:
+            if now > self.closing_at:                   # who is in the middle of a head may end it
+                self.close(lambda connection: not connection.data)
+            if not self.parked and not self.undrained:
+                raise OSError(errno.ENOTSOCK, 'told to stop')
+        if now >= self.next_look:
+            self.next_look = now + 1
+            self.close(lambda connection: connection.deadline < now)
+
+    def make_room(self):
+        """Close a part of those that are silent the longest; False if there are none."""
+        idle = sorted(connection.deadline for connection in list(self.parked.values()) if not connection.data)
+        if idle:
+            self.close(lambda connection: not connection.data and connection.deadline <= idle[len(idle) // 4])
+        return bool(idle)
+
+    def close(self, condition):
+        for fd in [fd for fd, connection in list(self.parked.items()) if condition(connection)]:
+            connection = self.parked.pop(fd, None)
+            if connection is None:                      # another thread was faster
+                continue
+            if not condition(connection):               # and this is a new one with the same descriptor
+                self.park(connection, connection.deadline, connection.events)
+                continue
+            if connection.data:
+                with contextlib.suppress(OSError):
+                    os.write(fd, b''.join(plain_answer('408 Request Timeout', 'the head took too long')))
+            os.close(fd)
 
 
 class Core:
     """What serves one request at a time: a worker with one thread has one, others one for each thread."""
 
     def __init__(self, worker, number):
-        self.worker, self.config, self.row = worker, worker.config, worker.rows[number]
-        self.response, self.log = Response(self.config), RequestLog(worker, number)
+        self.worker, self.config, self.row, self.kept = worker, worker.config, worker.rows[number], worker.kept
+        self.response = Response(self.config)
+        self.log = RequestLog(self.config, worker.request_log.write, worker.total, worker.number, number)
         self.ready, self.busy = [], False               # events that wait() has still to look at; did it see any?
         self.accepts = 0
         self.late = 0.0                                 # until then a client may have waited for too long
@@ -2574,7 +2672,8 @@ class Core:
             numbers[REQUESTS] = requests = numbers[REQUESTS] + 1
             numbers[BUSY] += took
             if logging:
-                self.log.add(environ, response, variables or len(environ) - len(self.template), size, took)
+                self.log.add(environ, response, int(requests), variables or len(environ) - len(self.template), size,
+                             took)
             numbers[STARTED] = 0.0
             if requests >= limit:
                 limit = self.worker.check_limits()
@@ -2656,12 +2755,12 @@ class Core:
         """The end of a connection, or of its turn, that needs more than close()."""
         response, ending, done = self.response, self.response.ending, close_after
         if job is None and body is None and not ending and response.keep:
-            return self.worker.keep(connection)
+            return self.kept.keep(connection)
         response.ending = ''
         if response.http and body is not None:
             connection.data = body.behind()
         if response.keep:
-            done = functools.partial(self.worker.take_back, connection)
+            done = functools.partial(self.kept.take_back, connection)
         elif response.http and connection.data:         # nobody will take them
             ending = ending or 'drain'
         if ending == 'drain' or body is not None and body.left:
@@ -2674,7 +2773,7 @@ class Core:
         if job is None:
             return done(fd, True)
         if response.http:
-            self.worker.lend(connection)
+            self.kept.lend(connection)
         return self.worker.offloader.take(fd, job, done)
 
     # -- several listeners, HTTP, threads
@@ -2682,20 +2781,21 @@ class Core:
     def wait(self):
         """Stands in for accept(): (descriptor, address) of the next connection that speaks uwsgi, or (descriptor,
         Connection) of one that has sent the head of a request over HTTP."""
-        worker, claim = self.worker, self.worker.connections.pop        # who has claimed a connection, alone uses it
+        kept, claim = self.kept, self.kept.parked.pop
         while True:
             while self.ready:
                 fd, _ = self.ready.pop()
                 connection = claim(fd, None)
                 if connection is None:
-                    listener = worker.listeners.get(fd)
+                    listener = kept.listeners.get(fd)
                     if listener is None:
-                        time.sleep(0.01 if fd == worker.stop_read else 0)       # it stays readable, for all threads
+                        if fd == kept.stop_read:        # it stays readable, for all threads
+                            time.sleep(0.01)
                         continue
                     try:
                         new, address = listener.socket._accept()
                     except BlockingIOError:             # another worker was faster
-                        worker.undrained.discard(fd)
+                        kept.undrained.discard(fd)
                         continue
                     finally:
                         self.busy = True
@@ -2709,12 +2809,9 @@ class Core:
                 self.busy = True
                 if self.read_head(connection):
                     return connection.fd, connection
-            if worker.stopping or time.monotonic() >= worker.next_look:
-                worker.look_at_time(self.busy)
-            self.busy = False
-            self.ready = [(fd, 0) for fd in list(worker.undrained)] or worker.poll.poll(
-                1 if worker.connections else None,
-                1 if self.config.threads > 1 else 64)   # threads must not hoard what others could do
+            if self.worker.stopping or time.monotonic() >= kept.next_look:
+                kept.look_at_time(self.busy)
+            self.busy, self.ready = False, kept.events()
 
     def read_head(self, connection):
         """Take what came. Is a head whole, or hopeless? If not, the connection is parked, or closed."""
@@ -2725,7 +2822,7 @@ class Core:
             try:
                 new = memory[:os.preadv(connection.fd, [self.row.packet], -1, NOWAIT)]
             except BlockingIOError:
-                self.worker.park(connection, connection.deadline)
+                self.kept.park(connection, connection.deadline)
                 return False
             except OSError:
                 new = b''
@@ -2739,7 +2836,7 @@ class Core:
             data = data.lstrip(b'\r\n')
         connection.data, connection.end = data, data.find(b'\r\n\r\n')
         if connection.end < 0 and not hopeless(data):
-            self.worker.park(connection, connection.deadline)
+            self.kept.park(connection, connection.deadline)
             return False
         if data is not new:                             # else the row shows it already
             memory[:512] = data[:512].ljust(512)
@@ -2788,7 +2885,7 @@ class Core:
 # interrupted is tried again by Python (PEP 475) and fails; a connection that came before is served.
 # A signal between Python's check and the system call would go unnoticed until the next connection,
 # which is why the master repeats it. (Its own death can be missed so: then one more request is served.)
-# Core.wait() is woken by a pipe instead (stop_write), and look_at_time() ends it.
+# Core.wait() is woken by a pipe instead, and KeptConnections.look_at_time() ends it.
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGHUP, signal.SIGIO      # for a worker
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
@@ -2803,16 +2900,14 @@ class Worker:
         self.number, self.master = number, master       # master: its pid, or None without one
         self.pid = os.getpid()
         self.listeners = {listener.socket.fileno(): listener for listener in listeners}
-        self.connections = {}                           # HTTP: descriptor -> Connection that waits; who serves
-                                                        # one has taken it out, so that nobody else closes it
+        listener, *others = listeners
+        self.kept = None                                # where a blocking accept() does
+        if others or config.threads > 1 or listener.protocol != 'uwsgi':
+            self.kept = KeptConnections(self.listeners, config)
         self.stopping = False
-        self.closing_at = 0.0                           # when a stopping worker leaves its kept connections
-        self.waiting = None                             # at a stop: the listener, for those who wait already
-        self.undrained = set()                          # the same with epoll: listeners where somebody may wait yet
+        self.waiting = None                             # at a stop, without `kept`: the listener, for those who wait
         self.offloaders, self.turn = [Offloader() for _ in range(max(1, config.offload_threads))], itertools.count()
         self.alarm_for = -1.0                           # when the request began that set_alarm() is for
-        self.poll = self.stop_read = None
-        self.next_look = 0.0
         self.dead_end, other_end = os.pipe()            # what takes the place of a listener
         os.close(other_end)
         self.logging = not config.disable_logging or any((
@@ -2836,12 +2931,9 @@ class Worker:
         cores = [Core(self, i) for i in range(self.config.threads)]
         os.register_at_fork(before=lambda: self.before_fork(cores), after_in_child=self.in_forked_child,
                             after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS))
-        listener, *others = self.listeners.values()
-        if others or len(cores) > 1 or listener.protocol != 'uwsgi':
-            accept = cores[0].wait
-            self.watch()
-        else:
-            accept = listener.socket._accept            # gives a bare descriptor: -1.4 us against accept()
+        accept = cores[0].wait
+        if not self.kept:
+            accept = next(iter(self.listeners.values())).socket._accept         # a bare descriptor: -1.4 us
         threads = []
         if len(cores) > 1:
             import threading
@@ -2922,16 +3014,12 @@ class Worker:
         if self.stopping:                               # the master repeats it, to interrupt accept()
             return
         self.stopping, self.rows[0].numbers[LEAVING] = True, 2          # 2: the master sees that it was heard
-        self.closing_at = time.monotonic() + 1
-        if self.poll is not None:                       # wait() takes who waits already, until nobody does any more
-            self.undrained = set(self.listeners) if number == signal.SIGTERM else set()
-            for fd in self.listeners:
-                with contextlib.suppress(OSError):
-                    self.poll.unregister(fd)
-            os.write(self.stop_write, b'.')
+        drain = number == signal.SIGTERM
+        if self.kept:
+            self.kept.stop(drain)
             return
         (fd, listener), = self.listeners.items()
-        if number == signal.SIGTERM:
+        if drain:
             with contextlib.suppress(OSError):          # there may be no descriptor left for it
                 self.waiting = listener.socket.dup()
                 self.waiting.setblocking(False)         # for all that share it: they stop too
@@ -2941,7 +3029,8 @@ class Worker:
         """The application forks: note what its child inherits. Signals wait: Python loses one that comes too early."""
         busy = [core.response for core in cores if core.row.numbers[STARTED]]
         self.inherited = [response.fd for response in busy if hasattr(response, 'fd')]
-        self.inherited += [*self.listeners, *self.connections, *(fd for one in self.offloaders for fd in [*one.jobs])]
+        self.inherited += [*self.listeners, *(fd for one in self.offloaders for fd in [*one.jobs])]
+        self.inherited += list(self.kept.parked) if self.kept else []
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def in_forked_child(self):
@@ -2969,14 +3058,12 @@ class Worker:
             return True
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
             log_now_and_then('accept', f'worker {self.number}: accept: {error.strerror}')
-            idle = sorted(connection.deadline for connection in list(self.connections.values()) if not connection.data)
-            if idle:                                    # make room: a part of those that are silent the longest
-                self.close_connections(lambda c: not c.data and c.deadline <= idle[len(idle) // 4])
-            else:
-                if error.errno == errno.EMFILE and not (self.connections or any(one.jobs for one in self.offloaders)):
+            if not (self.kept and self.kept.make_room()):
+                ours = self.kept and self.kept.parked or any(one.jobs for one in self.offloaders)
+                if error.errno == errno.EMFILE and not ours:
                     self.leave('the application holds all descriptors')
                 time.sleep(0.1)
-        elif error.errno == errno.EAGAIN:               # workers with several sockets made it non-blocking
+        elif error.errno == errno.EAGAIN:               # a worker with epoll, or one that stopped, made it non-blocking
             select.select(list(self.listeners), [], [])
         elif error.errno != errno.ECONNABORTED:
             log(f'worker {self.number}: accept: {error.strerror}; did the application close the socket?')
@@ -3009,72 +3096,6 @@ class Worker:
         if self.rows[0].numbers[LEAVING]:
             self.limit = math.inf
         return self.limit
-
-    # -- HTTP connections; with threads, an event is for one thread only (EPOLLONESHOT)
-
-    def watch(self):
-        """Set up what Core.wait() waits for."""
-        self.poll = select.epoll()
-        self.stop_read, self.stop_write = os.pipe()
-        self.poll.register(self.stop_read, select.EPOLLIN)
-        for fd, listener in self.listeners.items():
-            listener.socket.setblocking(False)
-            self.poll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)      # wakes one process, not all
-        self.one_shot = select.EPOLLONESHOT if self.config.threads > 1 else 0
-
-    def park(self, connection, deadline, events=select.EPOLLIN):
-        """Wait for more from the client without a thread that waits."""
-        fd, known = connection.fd, connection.events
-        if connection.blocking:
-            connection.unblock()
-        connection.deadline, connection.events = deadline, events
-        self.connections[fd] = connection               # first: the event may come to another thread at once
-        if not known:
-            self.poll.register(fd, events | self.one_shot)
-        elif known != events or self.one_shot:
-            self.poll.modify(fd, events | self.one_shot)
-
-    def keep(self, connection):
-        """It has had its response."""
-        if connection.data:                             # that brings no event any more, but that there is room does
-            self.park(connection, time.monotonic() + self.config.socket_timeout, select.EPOLLIN | select.EPOLLOUT)
-        else:
-            self.park(connection, time.monotonic() + self.config.http_timeout)
-
-    def lend(self, connection):
-        """The connection belongs to a job now."""
-        if connection.events:
-            connection.events = 0
-            self.poll.unregister(connection.fd)
-
-    def take_back(self, connection, fd, ok):
-        """The end of the job."""
-        self.keep(connection) if ok else close_hard(fd)
-
-    def look_at_time(self, busy):
-        """Once a second: close connections whose time is up. At a stop: leave when nothing more comes."""
-        now = time.monotonic()
-        if self.stopping and not busy:
-            if now > self.closing_at:                   # who is in the middle of a head may end it
-                self.close_connections(lambda connection: not connection.data)
-            if not self.connections and not self.undrained:
-                raise OSError(errno.ENOTSOCK, 'told to stop')
-        if now >= self.next_look:
-            self.next_look = now + 1
-            self.close_connections(lambda connection: connection.deadline < now)
-
-    def close_connections(self, condition):
-        for fd in [fd for fd, connection in list(self.connections.items()) if condition(connection)]:
-            connection = self.connections.pop(fd, None)
-            if connection is None:                      # another thread was faster
-                continue
-            if not condition(connection):               # and this is a new one with the same descriptor
-                self.park(connection, connection.deadline, connection.events)
-                continue
-            if connection.data:
-                with contextlib.suppress(OSError):
-                    os.write(fd, b''.join(plain_answer('408 Request Timeout', 'the head took too long')))
-            os.close(fd)
 
 
 # ---------------------------------------------------------------------------------------------

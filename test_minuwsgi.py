@@ -1906,6 +1906,20 @@ def test_a_head_has_its_time_in_all_and_idle_connections_theirs(start):
     assert server.get().header('Date') != date
 
 
+def test_a_connection_that_comes_back_from_an_offload_thread_has_its_time_too(start):
+    server = start("""
+        def application(environ, start_response):
+            body = b'x' * int(environ['QUERY_STRING'])
+            start_response('200 OK', [('Content-Length', str(len(body)))])
+            return [body]
+        """, 'http-timeout = 1', http=True)
+    with Kept(server) as kept:
+        kept.send('GET /?10000000 HTTP/1.1', 'Host: x')
+        assert server.get('/?1').body == b'x'           # so the worker has handed the other response on
+        assert len(kept.answer().body) == 10_000_000
+        assert kept.is_closed()
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
 def test_kept_connections_are_answered_and_closed_at_a_stop_or_reload(start, number):
     server = start(HELLO, '', http=True)
