@@ -4,23 +4,25 @@
     python3 -m minuwsgi example.ini             the same from its bytecode: starts faster, takes less memory
     python3 minuwsgi.py --check site.ini        look for all that would stop a start
 
-The parts, from the leaves to main(); each uses only what stands above it. Who has an hour and wants to know
-how a preforking server works reads those with a *, and the opening of each other.
+The parts, from the leaves to main(); each uses only what stands above it, but that Core and Worker know each other.
+Who has an hour and wants to know how a preforking server works reads those with a *, without Expected and Body, and
+the openings of the others.
 
-     1   Options      settings from INI files and the command line become a Config
-     2   Log          one line, one write; a log that nobody reads holds nobody up
-     3 * Sockets      Listener: bind with the right mode, refuse what isn't ours, vacuum
-     4 * uwsgi        the packet that nginx sends, read plainly (unpack_vars) and by guess (Expected)
-     5   HTTP         a head becomes the same environ
-     6 * WSGI         input, Response, and the jobs that send it
-     7   Static files and 8 Other languages: CGI, Ruby and Perl under the same master
-     9 * Offload      a thread that finishes the jobs for which a worker should not wait
-    10 * Serving      Core.serve(), the hot path; Core.wait() for several sockets and HTTP
-    11 * Worker       the process around it, which can be told to stop at any moment
-    12   Loading      the application is found, or said where it was looked for
-    13   Statistics   what each worker does, as JSON and for Prometheus
-    14 * Master       forks, watches, replaces, reloads
-    15   Command line main()
+     1   Options and the INI dialect    settings from files and the command line become a Config
+     2   Waiting, and the log           RWF_NOWAIT; one line, one write; a log that nobody reads holds nobody up
+     3 * Sockets                        Listener: bind with the right mode, refuse what isn't ours, vacuum
+     4 * The uwsgi protocol             the packet that nginx sends, read plainly (unpack_vars) and by guess (Expected)
+     5   HTTP/1.1                       a head becomes the same environ
+     6 * WSGI                           input, Response, and the jobs that send it
+     7   Static files
+     8   Other languages                CGI, Ruby and Perl under the same master
+     9 * Offload threads                a thread finishes the jobs for which a worker should not wait
+    10 * Serving requests               Core.serve(), the hot path; Core.wait() for several sockets and HTTP
+    11 * Worker                         the process around it, which can be told to stop at any moment
+    12   Loading the application        it is found, or said where it was looked for
+    13   Statistics                     what each worker does, as JSON and for Prometheus
+    14 * Master                         forks, watches, replaces, reloads
+    15   Command line                   main(), and the order in which a server starts
 
 The life of a request. A worker waits in accept() (Core.serve). It reads the packet into its Row of the
 scoreboard, where the master can see it; the packet becomes environ (Expected, or Expected.rest). The
@@ -34,11 +36,11 @@ like for a bad request, nothing for a client that left, 500 or a cut connection 
 an application that failed.
 
 The life of a signal. In the master it becomes a byte in a pipe (catch_signals); Master.run() wakes, on_signal()
-notes what is wanted, and converge() compares what is with what should be: reap() the dead, spawn() what is
-missing, one after the other replace what must go, kill what is overdue (keep_time). A worker that is told to
-stop (Worker.on_stop) finishes its request; a pipe that nobody writes to, in the place of its listener, makes
-the next accept() fail. For a reload a child tries the new code (try_reload); then the master executes itself
-anew (after_proof), inherits sockets and old workers (inherited_state), and replaces these.
+notes what is wanted, and converge() makes what is into what should be: it takes note of the dead (reap), starts
+what is missing (spawn), replaces one after the other what must go, and kills what is overdue (keep_time). A
+worker that is told to stop (Worker.on_stop) finishes its request; a pipe that nobody writes to, in the place of
+its listener, makes the next accept() fail. For a reload a child tries the new code (try_reload); then the master
+executes itself anew (after_proof), inherits sockets and old workers (inherited_state), and replaces the workers.
 
 Who owns what. The master: sockets and their files, the pidfile, the workers' lifelines. A worker: the
 connection it accepted, until it closes it or gives it to an Offloader, which closes it when the job is
@@ -939,10 +941,9 @@ with contextlib.suppress(OSError), open('/proc/sys/net/core/somaxconn') as somax
 
 
 def vacuum(config, owned):
-    """The option vacuum: remove the files of listeners, pidfile and the like, None for what there isn't."""
+    """The option vacuum: remove the files of what we own, listeners and the pidfile."""
     for one in owned if config.vacuum else ():
-        if one is not None:
-            one.vacuum()
+        one.vacuum()
 
 
 def owner(names):
@@ -1143,10 +1144,13 @@ def set_scheme(environ):
 
 @functools.lru_cache(1000)              # clients can invent headers
 def variable_name(raw):
-    """A name behind the high byte of its size, which must be 0: else it would be ignored."""
-    if raw[:1] != '\0' or len(raw) < 2:
-        what = {'\0': 'a variable without a name', '': 'the lengths in the block of variables do not add up'}
-        raise BadRequest(what.get(raw, 'a name of more than 255 bytes'))
+    """raw: the high byte of the name's size, then the name. That byte must be 0: nobody looks at it elsewhere."""
+    if not raw:
+        raise BadRequest('the lengths in the block of variables do not add up')
+    if raw[0] != '\0':
+        raise BadRequest('a name of more than 255 bytes')
+    if raw == '\0':
+        raise BadRequest('a variable without a name')
     return sys.intern(raw[1:])
 
 
@@ -1159,12 +1163,16 @@ class Expected:
     of reading a length and looking up a name. Variables that stay the same are a part of the next raw,
     with their value, which is in the plan's template already. What comes before the REQUEST_URI of a
     GET without a query is one text, `start`. Nothing is believed unseen: from the first piece that
-    isn't there, rest() reads the block without a guess."""
+    isn't there, rest() reads the block without a guess.
+
+    After REQUEST_METHOD=GET, SERVER_NAME=a, REQUEST_URI=/x the pieces are '\\16\\0REQUEST_METHOD' and
+    '\\13\\0SERVER_NAME\\1\\0a\\13\\0REQUEST_URI'. If the second isn't there, SERVER_NAME may be another, or none:
+    `skipped` says which constants rest() has to take out of environ again."""
 
     def __init__(self, base):
         self.base = base                                # the environ without the web server's variables
         # start (or None) and where it ends, what gives the environ up to there, the pieces after it; for other
-        # packets what gives the environ, and all pieces; how many variables. No text is equal to 'nothing'.
+        # packets what gives the environ, and all pieces; how many variables. ('nothing' is never found: its size is 0.)
         self.plan = None, 4, base.copy, (), base.copy, (('nothing', 0, ''),), 0
         self.skipped = {}                               # raw -> (variables before it, constants in it and after it)
         self.countdown = 0
@@ -1213,7 +1221,7 @@ class Expected:
             at = after
         names = list(found)
         last = max((i for i, name in enumerate(names) if name not in CONSTANT), default=-1)
-        if not SCHEME.isdisjoint(names[last + 1:]):     # the template couldn't have its value
+        if not SCHEME.isdisjoint(names[last + 1:]):     # what the scheme follows from must be known in the template
             return False
         pieces, template, constants, begin, first = [], dict(self.base), [], 4, 0
         for i, (name, (value, after)) in enumerate(found.items()):
@@ -1777,13 +1785,12 @@ class Response:
         """PEP 3333's write(): send data (bytes) now, and wait here, since the application wants to go on."""
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f'the body must be made of bytes, not of {type(data).__name__}')
-        job = ()
         if not self.sent and self.length == len(data) < SMALL:
-            job = self.send_small(bytes(data)) or ()
-        elif data or not self.sent:
+            job = self.send_small(bytes(data))
+        else:
             self.unblock()
-            job = send_chunks(self.fd, self.frame([bytes(data)]), self.timeout)
-        for event, _ in job:
+            job = send_chunks(self.fd, self.frame([bytes(data)] if data or not self.sent else []), self.timeout)
+        for event, _ in job or ():
             wait_for(self.fd, event, self.timeout)
 
     def send_small(self, body):
@@ -2283,7 +2290,7 @@ class Offloader:
         self.jobs = {}                                  # fd -> (job, done, event that it waits for, deadline)
 
     def take(self, fd, job, done):
-        """Run a job to its end; then done(fd, ok) owns the descriptor."""
+        """Queue a job for the thread. When it has ended, done(fd, ok) is called and owns fd; ok: all was sent."""
         try:
             self.start()
         except RuntimeError as error:                   # no memory for a thread
@@ -2468,7 +2475,8 @@ class Harakiri(BaseException):
 class KeptConnections:
     """What Core.wait() watches: the listeners, and the HTTP connections that no core serves. Such a connection is
     in one place at a time: parked here, claimed by the core that serves it (by parked.pop()), or lent to an
-    Offloader; only who has it closes it. With threads, an event is for one of them alone (EPOLLONESHOT)."""
+    Offloader; only who has it closes it. It stays with its worker: while all cores of that one are busy, it
+    waits. With threads, an event is for one of them alone (EPOLLONESHOT)."""
 
     def __init__(self, listeners, config):
         self.listeners, self.config, self.parked = listeners, config, {}        # parked: descriptor -> Connection
@@ -2618,7 +2626,7 @@ class Core:
                         got = preadv(fd, packet, -1, nowait)
                     except BlockingIOError:
                         got = 0
-                    size = memory[1] + (memory[2] << 8)     # if got < 4: of an earlier packet, but that is at least 4
+                    size = memory[1] + (memory[2] << 8)     # if got < 4 that of an earlier packet: no matter, it's >= 0
                     if got < size + 4 or memory[0]:
                         got, size = self.receive(fd, got)
                     end = size + 4
@@ -2667,8 +2675,8 @@ class Core:
                 self.let_go(fd, job, body, connection)
             ended = clock()
             took = ended - began
-            if took > 0.1:
-                self.late = ended + 10 * took           # those who wait now have their turn before that
+            if took > 0.1:                              # others have waited meanwhile: are they still there?
+                self.late = ended + 10 * took           # so long it may take until all of them had their turn
             numbers[REQUESTS] = requests = numbers[REQUESTS] + 1
             numbers[BUSY] += took
             if logging:
@@ -2800,8 +2808,8 @@ class Core:
                     finally:
                         self.busy = True
                     self.accepts += 1
-                    if self.accepts % 16:               # another one may wait: without epoll_wait(), -1 us
-                        self.ready.insert(0, (fd, 0))
+                    if self.accepts % 16:               # another one may wait: try without epoll_wait(), -1 us; but
+                        self.ready.insert(0, (fd, 0))   # now and then it has to tell of the kept connections
                     if listener.protocol == 'uwsgi':
                         return new, address
                     connection = Connection(new, self.templates[fd], address,
@@ -2884,7 +2892,7 @@ class Core:
 # of a closed pipe in the place of the listening descriptor (dup2): the accept() that was
 # interrupted is tried again by Python (PEP 475) and fails; a connection that came before is served.
 # A signal between Python's check and the system call would go unnoticed until the next connection,
-# which is why the master repeats it. (Its own death can be missed so: then one more request is served.)
+# which is why the master repeats it. (The SIGIO for its own death comes once: missed, it costs one more request.)
 # Core.wait() is woken by a pipe instead, and KeptConnections.look_at_time() ends it.
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGHUP, signal.SIGIO      # for a worker
@@ -3395,16 +3403,16 @@ def offer_uwsgi_module(config):
 # The master owns the sockets, loads the application, forks workers and waits. Each signal becomes a
 # byte in a pipe (signal.set_wakeup_fd()). One loop sleeps on that pipe and its next deadline, and then
 # converges: whatever happened, it compares what is with what should be, and mends the difference. So
-# a signal that comes twice, or two that merge, do no harm. No deadline is kept: each follows from
-# what is, and whoever asks due(when) and hears "not yet" is asked again then.
+# a signal that comes twice, or two that merge, do no harm. No timer is kept: each turn asks due(when)
+# for all that has its time, and what isn't due yet says when the next turn comes.
 #
 # Each worker has the read end of a lifeline, a pipe whose write end only the master holds. With
 # O_ASYNC the kernel sends SIGIO when that end closes: when the master dies, however it dies.
 #
 # A reload never takes a working site down. A child loads the new configuration and application as a
 # proof; if that fails, nothing else happens. Then the master executes itself anew with the same pid.
-# It inherits the sockets and the old workers, which go on serving, and replaces them one by one. If
-# only the new image fails to load, they go on too; none is replaced until a reload works.
+# It inherits the sockets and the old workers, which go on serving, and replaces them one by one. Should
+# the new image fail to load all the same, the old workers go on too; none is replaced until a reload works.
 
 class Stopped(BaseException):
     """A signal that ends the server came while it was still starting."""
@@ -3464,7 +3472,9 @@ SETTLED = 1.0                           # seconds after which a program of anoth
 
 
 class Child:
-    """A worker as the master sees it: it starts, is ready, is told to stop, perhaps killed."""
+    """A worker as the master sees it: born, ready; marked if it needs a successor, and serving on until that is ready;
+    told to stop again and again until it hears; ended, or killed. An old one, from before a reload, counts as ready and
+    as having heard, since the new image can't read its rows."""
 
     def __init__(self, pid, number, born, foreign, told_at, hold, rows=None):
         self.pid, self.number, self.born = pid, number, born
@@ -3484,10 +3494,10 @@ class Child:
     def __str__(self):
         return f'worker {self.number} (pid {self.pid})'
 
-    def must_go(self):
+    def is_marked(self):
         return self.numbers[LEAVING] > 0
 
-    def send_away(self, why):
+    def mark(self, why):
         log(f'{self} leaves: {why}')
         self.numbers[LEAVING] = 1
 
@@ -3514,10 +3524,11 @@ class Master:
         self.listeners = [one for one in owned if one.protocol in ('uwsgi', 'http')]
         self.stats, self.command = Stats(self), worker_command(config)
         self.children = {pid: Child(pid, *rest) for pid, *rest in workers}      # at first those from before a reload
+        # Twice as many as workers: those that were told to stop may go on for a while.
         self.all_rows = [[Row() for _ in range(config.threads)] for _ in range(2 * config.processes + 2)]
         self.total = memoryview(mmap.mmap(-1, 4096)).cast('Q')
         self.now, self.wake = time.monotonic(), math.inf        # of a turn: when it began, when the next is due
-        self.stopping = 0                               # how often we were told to
+        self.stopping = 0                               # 1: gracefully, 2 and more: at once
         self.reload_wanted, self.proof = False, None    # proof: the pid of the child that tries a reload
         self.announced = False
         self.failures, self.not_before = 0, 0.0         # deaths in a row, and the end of the back-off
@@ -3611,10 +3622,13 @@ class Master:
             if not child.killed:
                 self.keep_time(child)
 
+    def wake_at(self, when):
+        self.wake = min(self.wake, when)
+
     def due(self, when):
         """Is it time? If not, we wake up then, and ask again."""
         if when > self.now:
-            self.wake = min(self.wake, when)
+            self.wake_at(when)
         return when <= self.now
 
     def is_ready(self, child):
@@ -3672,17 +3686,17 @@ class Master:
             places[child.number].append(child)
             lifetime = self.config.max_worker_lifetime
             stagger = self.config.max_worker_lifetime_delta * (child.number - 1)
-            if lifetime and not child.must_go() and self.due(child.born + lifetime + stagger):
-                child.send_away('max-worker-lifetime')
+            if lifetime and not child.is_marked() and self.due(child.born + lifetime + stagger):
+                child.mark('max-worker-lifetime')
         for number in range(1, self.wanted + 1):
             there = places[number]
-            if all(child.must_go() for child in there) and (quiet or not there) and self.due(self.not_before):
+            if all(child.is_marked() for child in there) and (quiet or not there) and self.due(self.not_before):
                 self.spawn(number)
                 quiet = False
         for child in self.serving():
             succeeded = any(other.born > child.born and self.is_ready(other) for other in places[child.number])
-            if child.must_go() and succeeded or child.number > self.wanted and quiet:
-                child.told_at = self.now
+            if child.is_marked() and succeeded or child.number > self.wanted and quiet:
+                child.told_at = self.now                # keep_time() sends the signal
 
     def announce(self):
         """Once: all workers are ready."""
@@ -3699,7 +3713,7 @@ class Master:
         config, why = self.config, 'stopping at once' if self.stopping > 1 else ''
         if child.told_at < math.inf:
             os.kill(child.pid, signal.SIGTERM if self.stopping or child.foreign else signal.SIGHUP)
-            self.due(self.now + 0.1)                    # again and again: it may come just before an accept()
+            self.wake_at(self.now + 0.1)                # again and again: it may come just before an accept()
             heard = child.foreign or child.busy() or child.numbers[LEAVING] == 2
             mercy = config.worker_reload_mercy if heard else min(2, config.worker_reload_mercy)
             if self.due(child.told_at + mercy):
@@ -3722,7 +3736,7 @@ class Master:
 
     def look_round(self):
         config, self.next_look = self.config, self.now + 0.5
-        self.due(self.next_look)
+        self.wake_at(self.next_look)
         mtimes = list(map(mtime, self.touched))
         if mtimes != self.mtimes:
             self.mtimes, self.reload_wanted = mtimes, True
@@ -3731,8 +3745,8 @@ class Master:
         self.notify('WATCHDOG=1')
         for child in self.serving() if self.command and config.reload_on_rss else ():
             rss = memory_of(child.pid)[1] >> 20         # a program doesn't look at it
-            if rss >= config.reload_on_rss and not child.must_go():
-                child.send_away(f'reload-on-rss, it has {rss} MB')
+            if rss >= config.reload_on_rss and not child.is_marked():
+                child.mark(f'reload-on-rss, it has {rss} MB')
         ready = [child for child in self.serving() if self.is_ready(child)]
         if self.cheap and len(ready) >= self.wanted:
             self.scale(sum(len(child.busy()) == config.threads for child in ready), len(ready))
@@ -3777,7 +3791,7 @@ class Master:
         except OSError as error:                        # too many processes or descriptors, no memory: later, perhaps
             log(f'fork: {error.strerror}; the next try comes in 1 s')
             self.not_before = self.now + 1
-            self.due(self.not_before)
+            self.wake_at(self.not_before)
         if pid == 0:
             self.live_as_worker(number, rows, lifeline, hold, master)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -3855,7 +3869,7 @@ class Master:
             return self.reload_failed('see above; the old code goes on serving')
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
         self.take_signals()                             # what came before would be lost
-        if not self.stopping and not self.reload_wanted:
+        if not self.stopping and not self.reload_wanted:        # else there is newer code to be proved
             import json
             owned = [(one.address, one.protocol, one.inode, one.socket.fileno()) for one in self.owned]
             workers = [(c.pid, c.number, c.born, c.foreign, c.told_at, c.hold) for c in self.children.values()]
@@ -3891,7 +3905,8 @@ class Master:
 #
 # main() reads the configuration; start_and_run() has the steps of a start in their order: go where
 # the log is, catch signals, take the sockets and the pidfile, give up root's rights, load the
-# application, become the master (or, without one, the worker).
+# application, become the master (or, without one, the worker). Ports below 1024, chown and /run may need
+# root; no line of the application may run as root, and what a reload binds anew, it binds without.
 
 def demo(environ, start_response):
     """The application of example.ini: says who answered, and what it was asked. /file sends this file."""
