@@ -2240,11 +2240,8 @@ class Offloader:
     def run(self):
         closing = False
         while self.jobs or not closing:
-            now = time.monotonic()
-            for fd in [fd for fd, (*_, deadline) in self.jobs.items() if deadline <= now]:
-                self.end(fd, False)
             first = min((deadline for *_, deadline in self.jobs.values()), default=None)
-            for fd, _ in self.poll.poll(first and first - now):
+            for fd, _ in self.poll.poll(first and max(0, first - time.monotonic())):
                 if fd != self.wake_read:
                     self.step(fd)
                     continue
@@ -2253,6 +2250,9 @@ class Offloader:
                     fd, job, done = self.inbox.popleft()
                     self.jobs[fd] = job, done, 0, 0.0
                     self.step(fd)
+            now = time.monotonic()
+            for fd in [fd for fd, (*_, deadline) in self.jobs.items() if deadline <= now]:
+                self.end(fd, False)
 
     def step(self, fd):
         """Run a job until it has to wait, or is done."""
@@ -2271,12 +2271,12 @@ class Offloader:
 
     def end(self, fd, ok):
         job, done, known, _ = self.jobs.pop(fd)
-        job.close()
         try:
             if known:
                 self.poll.unregister(fd)
             done(fd, ok)
-        except OSError as error:                        # the application has closed it
+            job.close()
+        except OSError as error:                        # the application has closed it, or the file
             log(f'offload: {error.strerror}')
 
     def finish(self):

@@ -3171,6 +3171,13 @@ class TestOffload:
         assert data.partition(b'\r\n\r\n')[2] == big_file.read_bytes()
         assert server.wait() == 0
 
+    def test_a_stop_waits_for_a_silent_client_as_long_as_its_job_does(self, start, big_file):
+        server = start(APPS, 'http-timeout = 1')
+        with connect(server.socket) as silent:
+            silent.sendall(packet('file', HTTP_FILE=str(big_file)))
+            silent.recv(1000)
+            assert server.stop() == 0
+
     def test_jobs_finish_at_a_reload(self, start, big_file):
         server = start(APPS)
         with connect(server.socket) as slow:
