@@ -1200,7 +1200,7 @@ def controls(raw):
 @functools.lru_cache(1000)
 def header_key(name):
     """'User-Agent' -> 'HTTP_USER_AGENT'; '' where the header must not reach the application."""
-    if not name or not TOKEN.issuperset(name):
+    if not 0 < len(name) < 256 or not TOKEN.issuperset(name):          # a long one would fill the cache
         raise BadRequest(f'no name of a header: {name[:100]!r}')
     key = name.upper().replace('-', '_')
     if '_' in name or key == 'PROXY':   # X_A would pass for X-A; HTTP_PROXY would steer the application's clients
@@ -1262,7 +1262,7 @@ def parse_fields(fields):
         raise BadRequest('a control character in the head')
     if protocol not in (' HTTP/1.1', ' HTTP/1.0'):
         other = protocol[:6] == ' HTTP/' and protocol[7:8] == '.' and protocol[6::2].isdecimal()
-        raise BadRequest(f'the protocol {protocol[1:20]!r}',
+        raise BadRequest(f'the protocol {protocol.strip()!r}',
                          '505 HTTP Version Not Supported' if other else '400 Bad Request')
     if len(lines) > FIELDS_MAX:
         raise BadRequest(f'more than {FIELDS_MAX} headers', '431 Request Header Fields Too Large')
@@ -1484,6 +1484,8 @@ class Body(io.RawIOBase):
 
     def readinto(self, into):
         self.piece = self.piece or next(self.pieces, b'')
+        if not self.piece and self.left:                # an error, or the response, has ended it: nobody knows the rest
+            raise ClientGone(0, 'before the end of the body')
         size = min(len(into), len(self.piece))
         into[:size], self.piece = self.piece[:size], self.piece[size:]
         return size
@@ -1492,7 +1494,8 @@ class Body(io.RawIOBase):
         """Wait for more from the client."""
         if self.wants_continue:
             self.wants_continue = False
-            os.write(self.fd, b'HTTP/1.1 100 Continue\r\n\r\n')
+            for event, _ in send_chunks(self.fd, [b'HTTP/1.1 100 Continue\r\n\r\n'], 0):
+                wait_for(self.fd, event, self.patience)
         began = time.monotonic()
         got = read_some(self.fd, self.buffer, began + self.patience)
         waited = time.monotonic() - began
@@ -1572,8 +1575,8 @@ class FileWrapper:
             status = os.fstat(fd)
         except (AttributeError, OSError, ValueError):
             return None
-        if not stat.S_ISREG(status.st_mode) or not isinstance(self.file, (io.FileIO, io.BufferedIOBase)):
-            return None
+        if not stat.S_ISREG(status.st_mode) or not isinstance(getattr(self.file, 'raw', self.file), io.FileIO):
+            return None                                 # that of a GzipFile has other bytes
         return fd, offset, max(0, status.st_size - offset)
 
 
@@ -2518,7 +2521,7 @@ class Core:
                         os.set_blocking(fd, False)
                     try:
                         got = preadv(fd, packet, -1, nowait)
-                    except BlockingIOError:
+                    except (BlockingIOError, ConnectionError):
                         got = 0
                     size = memory[1] + (memory[2] << 8)     # if got < 4: of an earlier packet, but that is at least 4
                     if got < size + 4 or memory[0]:
@@ -2563,6 +2566,7 @@ class Core:
                     job = response.finish(result)
             except BaseException as error:
                 self.failed(error)
+            numbers[STARTED] = 0.0                      # from here on, harakiri would only do harm
             if job is None and body is None and not response.ending and not response.http:
                 close(fd)
             else:
@@ -2575,7 +2579,6 @@ class Core:
             numbers[BUSY] += took
             if logging:
                 self.log.add(environ, response, variables or len(environ) - len(self.template), size, took)
-            numbers[STARTED] = 0.0
             if requests >= limit:
                 limit = self.worker.check_limits()
 
@@ -2634,7 +2637,7 @@ class Core:
                 log_now_and_then(error.strerror, f'{request}: {error.strerror}')
             return
         self.row.numbers[ERRORS] += 1
-        if isinstance(error, BadRequest) and not response.sent:
+        if isinstance(error, BadRequest):
             status, why, response.ending = error.status, str(error), 'drain'
             log_now_and_then(why[:12], f'bad request: {why}')           # a cause begins with its own words
         else:
@@ -2658,13 +2661,15 @@ class Core:
         if job is None and body is None and not ending and response.keep:
             return self.worker.keep(connection)
         response.ending = ''
-        if response.http and body is not None:
-            connection.data = body.behind()
+        if body is not None:
+            body.pieces = iter(())                      # later reads get nothing; and it was a cycle of references
+            if response.http:
+                connection.data = body.behind()
         if response.keep:
             done = functools.partial(self.worker.take_back, connection)
         elif response.http and connection.data:         # nobody will take them
             ending = ending or 'drain'
-        if ending == 'drain' or body is not None and body.left:
+        if ending == 'drain' or ending != 'cut' and body is not None and body.left:
             try:
                 job, done = run_a_while(fd, then_drain(fd, job or ())), close_after
             except OSError:                             # it has gone
@@ -2713,7 +2718,7 @@ class Core:
                 worker.look_at_time(self.busy)
             self.busy = False
             self.ready = [(fd, 0) for fd in list(worker.undrained)] or worker.poll.poll(
-                1 if worker.connections else None,
+                1 if worker.connections or worker.has_jobs() else None,
                 1 if self.config.threads > 1 else 64)   # threads must not hoard what others could do
 
     def read_head(self, connection):
@@ -2753,13 +2758,14 @@ class Core:
         if not 0 <= end <= HEAD_MAX:
             raise BadRequest(*hopeless(data))
         line_end = data.find(b'\r\n')
+        start_end = max(0, line_end - 9)                # where ' HTTP/1.1' begins
         if line_end > LINE_MAX:
             raise BadRequest('the first line is too long', '414 URI Too Long')
-        fields = data[line_end - 9:end + 2]
+        fields = data[start_end:end + 2]
         if fields != connection.fields:
             connection.learn(fields)
         environ = connection.new_environ()
-        parse_start(data[:line_end - 9], environ)
+        parse_start(data[:start_end], environ)
         response.http = environ['SERVER_PROTOCOL']
         response.keep = connection.keep and not self.worker.stopping
         connection.data = data[end + 4:]
@@ -2810,7 +2816,7 @@ class Worker:
         self.waiting = None                             # at a stop: the listener, for those who wait already
         self.undrained = set()                          # the same with epoll: listeners where somebody may wait yet
         self.offloaders, self.turn = [Offloader() for _ in range(max(1, config.offload_threads))], itertools.count()
-        self.alarm_for = -1.0                           # when the request began that set_alarm() is for
+        self.alarm_for = -1.0                           # set_alarm() is for the request after so many
         self.poll = self.stop_read = None
         self.next_look = 0.0
         self.dead_end, other_end = os.pipe()            # what takes the place of a listener
@@ -2825,22 +2831,25 @@ class Worker:
             self.limit = self.most if config.threads == 1 else 0        # with threads it takes a look each time
         if config.reload_on_rss or config.reload_on_as:
             self.limit = 0
+        if len(listeners) > 1 or config.threads > 1 or listeners[0].protocol != 'uwsgi':
+            self.watch()
 
     @property
     def offloader(self):
         """One after the other."""
         return self.offloaders[next(self.turn) % len(self.offloaders)]
 
+    def has_jobs(self):
+        return any(one.jobs or one.inbox for one in self.offloaders)
+
     def run(self):
         """Serve until told to stop."""
         cores = [Core(self, i) for i in range(self.config.threads)]
         os.register_at_fork(before=lambda: self.before_fork(cores), after_in_child=self.in_forked_child,
                             after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS))
-        listener, *others = self.listeners.values()
-        if others or len(cores) > 1 or listener.protocol != 'uwsgi':
-            accept = cores[0].wait
-            self.watch()
-        else:
+        accept = cores[0].wait
+        if self.poll is None:
+            (listener,) = self.listeners.values()
             accept = listener.socket._accept            # gives a bare descriptor: -1.4 us against accept()
         threads = []
         if len(cores) > 1:
@@ -2903,10 +2912,10 @@ class Worker:
         at an arbitrary place its state can't be trusted. With several, none can be broken off: what doesn't end
         within harakiri-graceful-timeout is killed by the master, with all threads."""
         row, now, limit = self.rows[0], time.monotonic(), self.config.harakiri
-        started = row.numbers[STARTED]
+        started, answered = row.numbers[STARTED], row.numbers[REQUESTS]
         if len(self.rows) > 1:
             self.leave('harakiri, its stacks are above')
-        elif started and (started == self.alarm_for or limit and now >= started + limit):   # else it came too late
+        elif started and (answered == self.alarm_for or limit and now >= started + limit):      # else it came too late
             log(f'harakiri: worker {self.number} (pid {self.pid}) at {row.request()} for '
                 f'{(now - started) * 1000:.0f} ms, its Python stack is above')
             self.leave('harakiri')
@@ -2914,7 +2923,7 @@ class Worker:
 
     def set_alarm(self, seconds):
         """uwsgi.set_user_harakiri(): a limit for the request at hand, 0 takes it back."""
-        self.alarm_for = self.rows[0].numbers[STARTED]
+        self.alarm_for = self.rows[0].numbers[REQUESTS]
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def on_stop(self, number, _):
@@ -2973,7 +2982,7 @@ class Worker:
             if idle:                                    # make room: a part of those that are silent the longest
                 self.close_connections(lambda c: not c.data and c.deadline <= idle[len(idle) // 4])
             else:
-                if error.errno == errno.EMFILE and not (self.connections or any(one.jobs for one in self.offloaders)):
+                if error.errno == errno.EMFILE and not (self.connections or self.has_jobs()):
                     self.leave('the application holds all descriptors')
                 time.sleep(0.1)
         elif error.errno == errno.EAGAIN:               # workers with several sockets made it non-blocking
@@ -3036,10 +3045,12 @@ class Worker:
 
     def keep(self, connection):
         """It has had its response."""
-        if connection.data:                             # that brings no event any more, but that there is room does
-            self.park(connection, time.monotonic() + self.config.socket_timeout, select.EPOLLIN | select.EPOLLOUT)
-        else:
-            self.park(connection, time.monotonic() + self.config.http_timeout)
+        data, seconds, events = connection.data, self.config.http_timeout, select.EPOLLIN
+        if data:                                        # that brings no event any more, but that there is room does
+            events |= select.EPOLLOUT
+            if b'\r\n\r\n' not in data:                 # a head has begun
+                seconds = self.config.socket_timeout
+        self.park(connection, time.monotonic() + seconds, events)
 
     def lend(self, connection):
         """The connection belongs to a job now."""
@@ -3057,7 +3068,7 @@ class Worker:
         if self.stopping and not busy:
             if now > self.closing_at:                   # who is in the middle of a head may end it
                 self.close_connections(lambda connection: not connection.data)
-            if not self.connections and not self.undrained:
+            if not (self.connections or self.undrained or self.has_jobs()):     # a job may give a connection back
                 raise OSError(errno.ENOTSOCK, 'told to stop')
         if now >= self.next_look:
             self.next_look = now + 1
