@@ -3038,10 +3038,14 @@ class Worker:
             connection.unblock()
         connection.deadline, connection.events = deadline, events
         self.connections[fd] = connection               # first: the event may come to another thread at once
-        if not known:
-            self.poll.register(fd, events | self.one_shot)
-        elif known != events or self.one_shot:
-            self.poll.modify(fd, events | self.one_shot)
+        try:
+            if not known:
+                self.poll.register(fd, events | self.one_shot)
+            elif known != events or self.one_shot:
+                self.poll.modify(fd, events | self.one_shot)
+        except OSError:
+            if self.connections.get(fd) is connection:
+                raise                                   # else another thread has closed it already
 
     def keep(self, connection):
         """It has had its response."""
