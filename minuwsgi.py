@@ -3070,8 +3070,8 @@ class Worker:
         """Once a second: close connections whose time is up. At a stop: leave when nothing more comes."""
         now = time.monotonic()
         if self.stopping and not busy:
-            if now > self.closing_at:                   # who is in the middle of a head may end it
-                self.close_connections(lambda connection: not connection.data)
+            if now > self.closing_at:                   # who has begun a head may end it, and its event may yet come
+                self.close_connections(lambda one: not one.data and not ready_within(one.fd, select.POLLIN, 0))
             if not (self.connections or self.undrained or self.has_jobs()):     # a job may give a connection back
                 raise OSError(errno.ENOTSOCK, 'told to stop')
         if now >= self.next_look:

@@ -1951,6 +1951,24 @@ def test_kept_connections_are_answered_and_closed_at_a_stop_or_reload(start, num
     assert server.wait() == 0
 
 
+def test_threads_close_no_kept_connection_at_a_stop_that_has_sent_a_request(start):
+    server, chance = start(HELLO, 'threads = 4\ndisable-logging = true', http=True), random.Random(1)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Kept(server)) for _ in range(300)]
+        for client in clients:
+            client.get()
+        server.kill(signal.SIGTERM)
+        began, sent, answered = time.monotonic(), [], 0
+        for when, client in zip(sorted(chance.uniform(0.95, 1.1) for _ in clients), clients):      # it closes after 1 s
+            if not select.select([client.connection], [], [], max(0, began + when - time.monotonic()))[0]:
+                client.send('GET / HTTP/1.1', 'Host: x')
+                sent.append(client)
+        for client in sent:
+            with contextlib.suppress(ConnectionError):
+                answered += not client.is_closed()
+    assert sent and answered >= len(sent) - 2           # they may cross on their way
+
+
 def test_what_is_pipelined_behind_a_job_is_answered_at_a_stop(start):
     server = start(HOSTILE, http=True)
     with Kept(server) as client:
