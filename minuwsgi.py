@@ -1652,17 +1652,17 @@ class Response:
         length, own = None, ''
         for name, value in headers:
             kind = header_kind(name)
+            try:
+                if not value.isprintable():
+                    refuse_line_ends(name, value)
+            except AttributeError:
+                raise TypeError(f'the value of {name} must be a str, not {type(value).__name__}') from None
             if kind == 'content-length':
                 if not value.isdecimal():
                     raise ValueError(f'Content-Length is {value!r}')
                 length = int(value)
             elif kind:
                 own += kind
-            try:
-                if not value.isprintable():
-                    refuse_line_ends(name, value)
-            except AttributeError:
-                raise TypeError(f'the value of {name} must be a str, not {type(value).__name__}') from None
             head += f'{name}: {value}\r\n'
         self.head, self.headers, self.own = head.encode('latin-1'), len(headers), own
         no_body = no_body or self.head_only
@@ -1717,12 +1717,12 @@ class Response:
         """PEP 3333's write(): send data (bytes) now, and wait here, since the application wants to go on."""
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f'the body must be made of bytes, not of {type(data).__name__}')
-        job = ()
+        data, job = bytes(data), ()
         if not self.sent and self.length == len(data) < SMALL:
-            job = self.send_small(bytes(data)) or ()
+            job = self.send_small(data) or ()
         elif data or not self.sent:
             self.unblock()
-            job = send_chunks(self.fd, self.frame([bytes(data)]), self.timeout)
+            job = send_chunks(self.fd, self.frame([data]), self.timeout)
         for event, _ in job:
             wait_for(self.fd, event, self.timeout)
 
@@ -2566,7 +2566,7 @@ class Core:
                     job = response.finish(result)
             except BaseException as error:
                 self.failed(error)
-            numbers[STARTED] = 0.0                      # from here on, harakiri would only do harm
+            numbers[STARTED] = 0.0                      # harakiri is for the application, not for what follows
             if job is None and body is None and not response.ending and not response.http:
                 close(fd)
             else:
@@ -2628,6 +2628,7 @@ class Core:
 
     def failed(self, error):
         """The one place where the exceptions of a request end."""
+        self.row.numbers[STARTED] = 0.0                 # harakiri must not break this off too
         self.worker.end_child(error)
         response, request = self.response, self.row.request()
         response.keep, status, why = False, '500 Internal Server Error', ''

@@ -2402,6 +2402,11 @@ class TestWSGI:
         answer = apps.ask('bad_head', QUERY_STRING=ascii((status, headers)))
         assert answer.status == '500 Internal Server Error' and answer.header('Y') is None
 
+    def test_a_number_for_the_content_length_is_refused_in_words(self, apps):
+        apps.tracebacks_expected = True
+        assert apps.ask('bad_head', QUERY_STRING="'200 OK', [('Content-Length', 5)]").status[:3] == '500'
+        apps.wait_for('the value of Content-Length must be a str, not int')
+
     @pytest.mark.parametrize('method, status, body', [
         ('HEAD', '200+OK', b''), ('GET', '204+No+Content', b''), ('GET', '304+Not+Modified', b''),
         ('GET', '200+OK', b'body'),
@@ -3865,6 +3870,20 @@ class TestHarakiri:
                 slow.sendall(b'x')
             assert Answer(read_all(slow)).body == b"b'xxx'" and read_all(silent) == b''
         assert server.workers() == before
+
+    def test_the_answer_to_a_failure_is_not_broken_off(self, start):
+        server = start("""
+            import time
+            class Slow(Exception):
+                def __str__(self):
+                    time.sleep(0.8)
+                    return 'slow to tell'
+            def application(environ, start_response):
+                raise Slow
+            """, 'harakiri = 0.4')
+        server.tracebacks_expected, before = True, server.workers()
+        assert server.ask().status == '500 Internal Server Error'
+        assert 'slow to tell' in server.log and 'harakiri' not in server.log and server.workers() == before
 
     def test_a_line_that_waits_for_the_log_is_no_case_for_harakiri(self, start):
         reader, writer = os.pipe()
