@@ -1271,7 +1271,7 @@ def controls(raw):
 @functools.lru_cache(1000)
 def header_key(name):
     """'User-Agent' -> 'HTTP_USER_AGENT'; '' where the header must not reach the application."""
-    if not name or not TOKEN.issuperset(name):
+    if not 0 < len(name) < 256 or not TOKEN.issuperset(name):          # a long one would fill the cache
         raise BadRequest(f'no name of a header: {name[:100]!r}')
     key = name.upper().replace('-', '_')
     if '_' in name or key == 'PROXY':   # X_A would pass for X-A; HTTP_PROXY would steer the application's clients
@@ -1333,7 +1333,7 @@ def parse_fields(fields):
         raise BadRequest('a control character in the head')
     if protocol not in (' HTTP/1.1', ' HTTP/1.0'):
         other = protocol[:6] == ' HTTP/' and protocol[7:8] == '.' and protocol[6::2].isdecimal()
-        raise BadRequest(f'the protocol {protocol[1:20]!r}',
+        raise BadRequest(f'the protocol {protocol.strip()!r}',
                          '505 HTTP Version Not Supported' if other else '400 Bad Request')
     if len(lines) > FIELDS_MAX:
         raise BadRequest(f'more than {FIELDS_MAX} headers', '431 Request Header Fields Too Large')
@@ -1555,6 +1555,8 @@ class Body(io.RawIOBase):
 
     def readinto(self, into):
         self.piece = self.piece or next(self.pieces, b'')
+        if not self.piece and self.left:                # an error, or the response, has ended it: nobody knows the rest
+            raise ClientGone(0, 'before the end of the body')
         size = min(len(into), len(self.piece))
         into[:size], self.piece = self.piece[:size], self.piece[size:]
         return size
@@ -1563,7 +1565,8 @@ class Body(io.RawIOBase):
         """Wait for more from the client."""
         if self.wants_continue:
             self.wants_continue = False
-            os.write(self.fd, b'HTTP/1.1 100 Continue\r\n\r\n')
+            for event, _ in send_chunks(self.fd, [b'HTTP/1.1 100 Continue\r\n\r\n'], 0):
+                wait_for(self.fd, event, self.patience)
         began = time.monotonic()
         got = read_some(self.fd, self.buffer, began + self.patience)
         waited = time.monotonic() - began
@@ -1643,8 +1646,8 @@ class FileWrapper:
             status = os.fstat(fd)
         except (AttributeError, OSError, ValueError):
             return None
-        if not stat.S_ISREG(status.st_mode) or not isinstance(self.file, (io.FileIO, io.BufferedIOBase)):
-            return None
+        if not stat.S_ISREG(status.st_mode) or not isinstance(getattr(self.file, 'raw', self.file), io.FileIO):
+            return None                                 # that of a GzipFile has other bytes
         return fd, offset, max(0, status.st_size - offset)
 
 
@@ -1720,17 +1723,17 @@ class Response:
         length, own = None, ''
         for name, value in headers:
             kind = header_kind(name)
+            try:
+                if not value.isprintable():
+                    refuse_line_ends(name, value)
+            except AttributeError:
+                raise TypeError(f'the value of {name} must be a str, not {type(value).__name__}') from None
             if kind == 'content-length':
                 if not value.isdecimal():
                     raise ValueError(f'Content-Length is {value!r}')
                 length = int(value)
             elif kind:
                 own += kind
-            try:
-                if not value.isprintable():
-                    refuse_line_ends(name, value)
-            except AttributeError:
-                raise TypeError(f'the value of {name} must be a str, not {type(value).__name__}') from None
             head += f'{name}: {value}\r\n'
         self.head, self.headers, self.own = head.encode('latin-1'), len(headers), own
         no_body = no_body or self.head_only
@@ -1785,11 +1788,12 @@ class Response:
         """PEP 3333's write(): send data (bytes) now, and wait here, since the application wants to go on."""
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise TypeError(f'the body must be made of bytes, not of {type(data).__name__}')
+        data = bytes(data)
         if not self.sent and self.length == len(data) < SMALL:
-            job = self.send_small(bytes(data))
+            job = self.send_small(data)
         else:
             self.unblock()
-            job = send_chunks(self.fd, self.frame([bytes(data)] if data or not self.sent else []), self.timeout)
+            job = send_chunks(self.fd, self.frame([data] if data or not self.sent else []), self.timeout)
         for event, _ in job or ():
             wait_for(self.fd, event, self.timeout)
 
@@ -2310,11 +2314,8 @@ class Offloader:
     def run(self):
         closing = False
         while self.jobs or not closing:
-            now = time.monotonic()
-            for fd in [fd for fd, (*_, deadline) in self.jobs.items() if deadline <= now]:
-                self.end(fd, False)
             first = min((deadline for *_, deadline in self.jobs.values()), default=None)
-            for fd, _ in self.poll.poll(first and first - now):
+            for fd, _ in self.poll.poll(first and max(0, first - time.monotonic())):
                 if fd != self.wake_read:
                     self.step(fd)
                     continue
@@ -2323,6 +2324,9 @@ class Offloader:
                     fd, job, done = self.inbox.popleft()
                     self.jobs[fd] = job, done, 0, 0.0
                     self.step(fd)
+            now = time.monotonic()
+            for fd in [fd for fd, (*_, deadline) in self.jobs.items() if deadline <= now]:
+                self.end(fd, False)
 
     def step(self, fd):
         """Run a job until it has to wait, or is done."""
@@ -2341,12 +2345,12 @@ class Offloader:
 
     def end(self, fd, ok):
         job, done, known, _ = self.jobs.pop(fd)
-        job.close()
         try:
             if known:
                 self.poll.unregister(fd)
             done(fd, ok)
-        except OSError as error:                        # the application has closed it
+            job.close()
+        except OSError as error:                        # the application has closed it, or the file
             log(f'offload: {error.strerror}')
 
     def finish(self):
@@ -2503,18 +2507,24 @@ class KeptConnections:
             connection.unblock()
         connection.deadline, connection.events = deadline, events
         self.parked[fd] = connection                    # first: the event may come to another thread at once
-        if not known:
-            self.poll.register(fd, events | self.one_shot)
-        elif known != events or self.one_shot:
-            self.poll.modify(fd, events | self.one_shot)
+        try:
+            if not known:
+                self.poll.register(fd, events | self.one_shot)
+            elif known != events or self.one_shot:
+                self.poll.modify(fd, events | self.one_shot)
+        except OSError:
+            if self.parked.get(fd) is connection:
+                raise                                   # else another thread has closed it already
 
     def keep(self, connection, events=select.EPOLLIN):
         """It has had its response, and waits for the next request. One that has come already brings no event any
         more, but that there is room to write does."""
+        seconds = self.config.http_timeout
         if connection.data:
-            self.park(connection, time.monotonic() + self.config.socket_timeout, select.EPOLLIN | select.EPOLLOUT)
-        else:
-            self.park(connection, time.monotonic() + self.config.http_timeout, events)
+            events |= select.EPOLLOUT
+            if b'\r\n\r\n' not in connection.data:      # a head has begun
+                seconds = self.config.socket_timeout
+        self.park(connection, time.monotonic() + seconds, events)
 
     def lend(self, connection):
         """It belongs to a job now."""
@@ -2535,13 +2545,14 @@ class KeptConnections:
                 self.poll.unregister(fd)
         os.write(self.stop_write, b'.')
 
-    def look_at_time(self, busy):
-        """Once a second: close those whose time is up. At a stop: leave when nothing more comes."""
+    def look_at_time(self, busy, jobs):
+        """Once a second: close those whose time is up. At a stop: leave when nothing more comes, and no job can give
+        a connection back."""
         now = time.monotonic()
         if self.closing_at < math.inf and not busy:
-            if now > self.closing_at:                   # who is in the middle of a head may end it
-                self.close(lambda connection: not connection.data)
-            if not self.parked and not self.undrained:
+            if now > self.closing_at:                   # who has begun a head may end it, and its event may yet come
+                self.close(lambda one: not one.data and not ready_within(one.fd, select.POLLIN, 0))
+            if not (self.parked or self.undrained or jobs):
                 raise OSError(errno.ENOTSOCK, 'told to stop')
         if now >= self.next_look:
             self.next_look = now + 1
@@ -2624,7 +2635,7 @@ class Core:
                         os.set_blocking(fd, False)
                     try:
                         got = preadv(fd, packet, -1, nowait)
-                    except BlockingIOError:
+                    except (BlockingIOError, ConnectionError):
                         got = 0
                     size = memory[1] + (memory[2] << 8)     # if got < 4 that of an earlier packet: no matter, it's >= 0
                     if got < size + 4 or memory[0]:
@@ -2669,6 +2680,7 @@ class Core:
                     job = response.finish(result)
             except BaseException as error:
                 self.failed(error)
+            numbers[STARTED] = 0.0                      # harakiri is for the application, not for what follows
             if job is None and body is None and not response.ending and not response.http:
                 close(fd)
             else:
@@ -2682,7 +2694,6 @@ class Core:
             if logging:
                 self.log.add(environ, response, int(requests), variables or len(environ) - len(self.template), size,
                              took)
-            numbers[STARTED] = 0.0
             if requests >= limit:
                 limit = self.worker.check_limits()
 
@@ -2732,6 +2743,7 @@ class Core:
 
     def failed(self, error):
         """The one place where the exceptions of a request end."""
+        self.row.numbers[STARTED] = 0.0                 # harakiri must not break this off too
         self.worker.end_child(error)
         response, request = self.response, self.row.request()
         response.keep, status, why = False, '500 Internal Server Error', ''
@@ -2741,7 +2753,7 @@ class Core:
                 log_now_and_then(error.strerror, f'{request}: {error.strerror}')
             return
         self.row.numbers[ERRORS] += 1
-        if isinstance(error, BadRequest) and not response.sent:
+        if isinstance(error, BadRequest):
             status, why, response.ending = error.status, str(error), 'drain'
             log_now_and_then(why[:12], f'bad request: {why}')           # a cause begins with its own words
         else:
@@ -2765,13 +2777,15 @@ class Core:
         if job is None and body is None and not ending and response.keep:
             return self.kept.keep(connection)
         response.ending = ''
-        if response.http and body is not None:
-            connection.data = body.behind()
+        if body is not None:
+            body.pieces = iter(())                      # later reads get nothing; and it was a cycle of references
+            if response.http:
+                connection.data = body.behind()
         if response.keep:
             done = functools.partial(self.kept.take_back, connection)
         elif response.http and connection.data:         # nobody will take them
             ending = ending or 'drain'
-        if ending == 'drain' or body is not None and body.left:
+        if ending == 'drain' or ending != 'cut' and body is not None and body.left:
             try:
                 job, done = run_a_while(fd, then_drain(fd, job or ())), close_after
             except OSError:                             # it has gone
@@ -2818,7 +2832,7 @@ class Core:
                 if self.read_head(connection):
                     return connection.fd, connection
             if self.worker.stopping or time.monotonic() >= kept.next_look:
-                kept.look_at_time(self.busy)
+                kept.look_at_time(self.busy, self.worker.has_jobs())
             self.busy, self.ready = False, kept.events()
 
     def read_head(self, connection):
@@ -2858,13 +2872,14 @@ class Core:
         if not 0 <= end <= HEAD_MAX:
             raise BadRequest(*hopeless(data))
         line_end = data.find(b'\r\n')
+        start_end = max(0, line_end - 9)                # where ' HTTP/1.1' begins
         if line_end > LINE_MAX:
             raise BadRequest('the first line is too long', '414 URI Too Long')
-        fields = data[line_end - 9:end + 2]
+        fields = data[start_end:end + 2]
         if fields != connection.fields:
             connection.learn(fields)
         environ = connection.new_environ()
-        parse_start(data[:line_end - 9], environ)
+        parse_start(data[:start_end], environ)
         response.http = environ['SERVER_PROTOCOL']
         response.keep = connection.keep and not self.worker.stopping
         connection.data = data[end + 4:]
@@ -2915,7 +2930,7 @@ class Worker:
         self.stopping = False
         self.waiting = None                             # at a stop, without `kept`: the listener, for those who wait
         self.offloaders, self.turn = [Offloader() for _ in range(max(1, config.offload_threads))], itertools.count()
-        self.alarm_for = -1.0                           # when the request began that set_alarm() is for
+        self.alarm_for = -1.0                           # set_alarm() is for the request after so many
         self.dead_end, other_end = os.pipe()            # what takes the place of a listener
         os.close(other_end)
         self.logging = not config.disable_logging or any((
@@ -2933,6 +2948,9 @@ class Worker:
     def offloader(self):
         """One after the other."""
         return self.offloaders[next(self.turn) % len(self.offloaders)]
+
+    def has_jobs(self):
+        return any(one.jobs or one.inbox for one in self.offloaders)
 
     def run(self):
         """Serve until told to stop."""
@@ -3003,10 +3021,10 @@ class Worker:
         at an arbitrary place its state can't be trusted. With several, none can be broken off: what doesn't end
         within harakiri-graceful-timeout is killed by the master, with all threads."""
         row, now, limit = self.rows[0], time.monotonic(), self.config.harakiri
-        started = row.numbers[STARTED]
+        started, answered = row.numbers[STARTED], row.numbers[REQUESTS]
         if len(self.rows) > 1:
             self.leave('harakiri, its stacks are above')
-        elif started and (started == self.alarm_for or limit and now >= started + limit):   # else it came too late
+        elif started and (answered == self.alarm_for or limit and now >= started + limit):      # else it came too late
             log(f'harakiri: worker {self.number} (pid {self.pid}) at {row.request()} for '
                 f'{(now - started) * 1000:.0f} ms, its Python stack is above')
             self.leave('harakiri')
@@ -3014,7 +3032,7 @@ class Worker:
 
     def set_alarm(self, seconds):
         """uwsgi.set_user_harakiri(): a limit for the request at hand, 0 takes it back."""
-        self.alarm_for = self.rows[0].numbers[STARTED]
+        self.alarm_for = self.rows[0].numbers[REQUESTS]
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def on_stop(self, number, _):
@@ -3067,8 +3085,7 @@ class Worker:
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
             log_now_and_then('accept', f'worker {self.number}: accept: {error.strerror}')
             if not (self.kept and self.kept.make_room()):
-                ours = self.kept and self.kept.parked or any(one.jobs for one in self.offloaders)
-                if error.errno == errno.EMFILE and not ours:
+                if error.errno == errno.EMFILE and not (self.kept and self.kept.parked or self.has_jobs()):
                     self.leave('the application holds all descriptors')
                 time.sleep(0.1)
         elif error.errno == errno.EAGAIN:               # a worker with epoll, or one that stopped, made it non-blocking

@@ -1317,6 +1317,8 @@ def application(environ, start_response):
     if path == '/x/unread':
         send('200 OK', [('Content-Length', '2')])
         return [b'ok']
+    if path == '/x/begun':
+        send('200 OK', [])(b'ab')
     body = environ['wsgi.input'].read()
     if path == '/x/unknown-length':
         send('200 OK', [])
@@ -1498,6 +1500,7 @@ def test_first_line(echo, line, status):
     after = answers(send_raw(echo, b'GET / HTTP/1.1\r\nHost: x\r\n\r\n' + request))     # where the headers are known
     assert [int(answer.status[:3]) for answer in after] == [200, status]
     if status != 200:
+        assert [answer.status for answer in answers(send_raw(echo, request + b'x' * 50))] == [found[0].status]
         assert found[0].header('Connection') == 'close' and found[0].header('Date')
 
 
@@ -1514,6 +1517,7 @@ HEADERS = [                                     # lines after GET / HTTP/1.1: wh
     ('Host: x\r\nX: a\rb', 400), ('Host: x\r\nX: a\nb', 400), ('Host: x\nX: a', 400), ('Host: x\rX: a', 400),
     ('Host: x\r\nX: \x1b[0m', 400), ('Host: x\r\nX: \x7f', 400), ('Host: x\r\nX\xe4: 1', 400), ('Host: x\r\r\n', 400),
     ('Host: x\r\nContent-Type: a\r\nContent-Type: b', 400),
+    ('Host: x\r\n' + 'X' * 255 + ': 1', 200), ('Host: x\r\n' + 'X' * 256 + ': 1', 400),
     ('Host: x\r\n' + 'X: 1\r\n' * 300 + 'Y: 1', 431), ('Host: x\r\nX: ' + 'a' * 70000, 431),
 ]
 
@@ -1591,6 +1595,11 @@ def test_body(echo, headers, body, wanted):
     else:
         assert json.loads(found[0].body)['body'] == wanted
         assert [json.loads(answer.body)['PATH_INFO'] for answer in found] == ['/', '/next']
+
+
+def test_a_bad_chunk_behind_a_begun_response_is_no_failure_of_the_application(echo):
+    raw = send_raw(echo, b'POST /x/begun HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nx\r\n')
+    assert raw.endswith(b'\r\n\r\n2\r\nab\r\n') and 'POST /x/begun: the application failed' not in echo.log
 
 
 def test_chunks_are_refused_in_http_1_0(echo):
@@ -1755,6 +1764,22 @@ def test_100_continue_is_not_sent_without_need(echo, protocol, begun):
             assert not select.select([client.connection], [], [], 0.2)[0]
         client.connection.sendall(b'abc'[len(begun):])
         assert json.loads(client.answer().body)['body'] == 'abc'
+
+
+def test_a_request_waits_until_the_client_has_read_the_response_before(start, tmp):
+    server = start(APPS, 'http-socket = h\nsocket-timeout = 1')
+    server.http = str(tmp / 'h')
+    (tmp / 'f').write_bytes(b'x' * 180000)              # it nearly fills the buffer of the socket
+    with Kept(server) as client:
+        client.send('GET /file HTTP/1.1', 'Host: x', f'File: {tmp / "f"}', '', 'GET /hello HTTP/1.1', 'Host: x')
+        select.select([], [], [], 2.5)
+        assert len(client.answer().body) == 180000 and client.answer().body == b'hello\n'
+
+
+def test_a_connection_that_a_job_gives_back_has_its_time(start):
+    server = start(HOSTILE, 'http-timeout = 1', http=True)
+    with Kept(server) as client:
+        assert len(client.get('/big').body) == 10000000 and client.is_closed()
 
 
 def test_a_client_may_pipeline_more_than_it_reads(echo):
@@ -1940,6 +1965,38 @@ def test_kept_connections_are_answered_and_closed_at_a_stop_or_reload(start, num
     assert server.wait() == 0
 
 
+def test_threads_close_no_kept_connection_at_a_stop_that_has_sent_a_request(start):
+    server, chance = start(HELLO, 'threads = 4\ndisable-logging = true', http=True), random.Random(1)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Kept(server)) for _ in range(300)]
+        for client in clients:
+            client.get()
+        server.kill(signal.SIGTERM)
+        began, sent, answered = time.monotonic(), [], 0
+        for when, client in zip(sorted(chance.uniform(0.95, 1.1) for _ in clients), clients):      # it closes after 1 s
+            if not select.select([client.connection], [], [], max(0, began + when - time.monotonic()))[0]:
+                client.send('GET / HTTP/1.1', 'Host: x')
+                sent.append(client)
+        for client in sent:
+            with contextlib.suppress(ConnectionError):
+                answered += not client.is_closed()
+    assert sent and answered >= len(sent) - 2           # they may cross on their way
+
+
+def test_what_is_pipelined_behind_a_job_is_answered_at_a_stop(start):
+    server = start(HOSTILE, http=True)
+    with Kept(server) as client:
+        client.send('GET /big HTTP/1.1', 'Host: x', '', 'GET / HTTP/1.1', 'Host: x')
+        client.connection.recv(1, socket.MSG_PEEK)
+        server.kill(signal.SIGTERM)
+        server.wait_for('stopping')
+        select.select([], [], [], 0.3)
+        assert len(client.answer().body) == 10000000
+        answer = client.answer()
+        assert (answer.body, answer.header('Connection')) == (b'hello\n', 'close')
+    assert server.wait() == 0
+
+
 def test_threads_share_kept_connections(start):
     server = start(ECHO, 'threads = 4\ndisable-logging = true', http=True)
     right = []
@@ -2103,7 +2160,8 @@ def fail_after_start(e, s):
 def fail_first(e, s):
     s('200 OK', [('Content-Length', '9')]); raise RuntimeError('fails at the first item'); yield b''
 def fail_later(e, s):
-    s('200 OK', [('Content-Length', '9')]); yield b'part'; raise RuntimeError('fails at a later item')
+    s('200 OK', [] if e['QUERY_STRING'] else [('Content-Length', '9')])
+    yield b'part'; raise RuntimeError('fails at a later item')
 def none(e, s):
     s('200 OK', [])
 def a_str(e, s):
@@ -2167,6 +2225,11 @@ def file(e, s):
     f = open(e['HTTP_FILE'], 'rb'); f.seek(int(e.get('HTTP_SEEK', 0)))
     s('200 OK', [('Content-Length', e['HTTP_LENGTH'])] if 'HTTP_LENGTH' in e else [])
     return e['wsgi.file_wrapper'](f, 4096)
+def unzipped(e, s):
+    import gzip
+    file = gzip.open('zipped', 'w'); file.write(b'unzipped'); file.close()
+    s('200 OK', []); file = gzip.open('zipped')
+    return e['wsgi.file_wrapper'](io.BufferedReader(file) if e['QUERY_STRING'] else file)
 def bytesio(e, s):
     s('200 OK', []); return e['wsgi.file_wrapper'](io.BytesIO(b'x' * 100000))
 def pipe(e, s):
@@ -2187,7 +2250,7 @@ class TestWSGI:
     @pytest.mark.parametrize('path, body', [
         ('hello', 'hello\n'), ('no_length', 'hello\n'), ('chunks', 'abc'), ('generator', 'ab'), ('late_start', 'x'),
         ('only_bytes', 'whole'), ('write', 'abc'), ('empty', ''), ('bytesio', 'x' * 100000), ('pipe', 'from a pipe'),
-        ('replaced', 'oops')])
+        ('unzipped', 'unzipped'), ('unzipped?buffered', 'unzipped'), ('replaced', 'oops')])
     def test_what_the_application_returns_is_what_the_client_gets(self, apps, path, body):
         assert apps.ask(path).text == body
 
@@ -2242,6 +2305,38 @@ class TestWSGI:
             connection.shutdown(socket.SHUT_WR)
             assert b'200 OK' not in read_all(connection)
 
+    def test_a_body_that_ended_early_is_never_taken_for_whole(self, start):
+        server = start("""
+            def application(environ, start_response):
+                found = []
+                for _ in range(3):
+                    try:
+                        found.append(environ['wsgi.input'].read(10))
+                    except Exception as error:
+                        found.append(type(error).__name__)
+                start_response('200 OK', [])
+                return [repr(found).encode()]
+            """, http=True)
+        chunked = b'POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\nx\r\n'
+        assert eval(Answer(send_raw(server, chunked)).body) == ['BadRequest', 'ClientGone', 'ClientGone']
+        with connect(server.socket) as connection:
+            connection.sendall(packet(body=b'abcd')[:-1])
+            connection.shutdown(socket.SHUT_WR)
+            assert eval(Answer(read_all(connection)).body) == ['ClientGone'] * 3
+
+    def test_bodies_need_no_garbage_collector(self, start):
+        server = start("""
+            import gc
+            gc.disable()
+            def application(environ, start_response):
+                environ['wsgi.input'].read(int(environ['CONTENT_LENGTH']))
+                start_response('200 OK', [])
+                return [b'%d' % sum(type(one).__name__ == 'Body' for one in gc.get_objects())]
+            """)
+        for _ in range(5):
+            answer = server.ask(body=b'x' * 100000)
+        assert answer.body == b'1'
+
     @pytest.mark.parametrize('size', [100, 3000000])
     def test_an_unread_body_never_breaks_the_answer(self, apps, size):
         for _ in range(5):
@@ -2275,6 +2370,14 @@ class TestWSGI:
         answer = apps.ask(path)
         assert answer.status == '200 OK' and answer.body in (b'part', b'') and answer.header('content-length') == '9'
         apps.wait_for(words)
+
+    @pytest.mark.parametrize('body', [b'', b'x' * 200000])
+    def test_nor_where_the_end_of_the_connection_is_its_end(self, apps, body):
+        apps.tracebacks_expected = True
+        with connect(apps.http) as connection, pytest.raises(ConnectionResetError):
+            connection.sendall(b'POST /fail_later?0 HTTP/1.0\r\nContent-Length: %d\r\n\r\n' % len(body) + body)
+            while connection.recv(1000):
+                pass
 
     @pytest.mark.parametrize('result', ['', 'tuple(PARTS)'])
     def test_a_list_of_the_application_stays_as_it_is_after_write(self, apps, result):
@@ -2312,6 +2415,11 @@ class TestWSGI:
         apps.tracebacks_expected = True
         answer = apps.ask('bad_head', QUERY_STRING=ascii((status, headers)))
         assert answer.status == '500 Internal Server Error' and answer.header('Y') is None
+
+    def test_a_number_for_the_content_length_is_refused_in_words(self, apps):
+        apps.tracebacks_expected = True
+        assert apps.ask('bad_head', QUERY_STRING="'200 OK', [('Content-Length', 5)]").status[:3] == '500'
+        apps.wait_for('the value of Content-Length must be a str, not int')
 
     @pytest.mark.parametrize('method, status, body', [
         ('HEAD', '200+OK', b''), ('GET', '204+No+Content', b''), ('GET', '304+Not+Modified', b''),
@@ -3185,6 +3293,13 @@ class TestOffload:
         assert data.partition(b'\r\n\r\n')[2] == big_file.read_bytes()
         assert server.wait() == 0
 
+    def test_a_stop_waits_for_a_silent_client_as_long_as_its_job_does(self, start, big_file):
+        server = start(APPS, 'http-timeout = 1')
+        with connect(server.socket) as silent:
+            silent.sendall(packet('file', HTTP_FILE=str(big_file)))
+            silent.recv(1000)
+            assert server.stop() == 0
+
     def test_jobs_finish_at_a_reload(self, start, big_file):
         server = start(APPS)
         with connect(server.socket) as slow:
@@ -3526,6 +3641,20 @@ class TestStop:
             assert server.wait() == 0
         assert 'stopped while starting' in server.log and not os.path.exists(server.socket)
 
+    @pytest.mark.parametrize('ini', ['', 'socket = s\nsocket = t', 'http-socket = s', 'threads = 2'])
+    def test_term_while_a_worker_loads_serves_those_who_wait(self, start, tmp, ini):
+        os.mkfifo(tmp / 'fifo')
+        server = start('open("fifo").read()\n' + HELLO, f'lazy-apps = true\n{ini}', ready=False)
+        with open(tmp / 'fifo', 'w'):
+            connection = connect(server.socket)
+            connection.sendall(b'GET / HTTP/1.0\r\n\r\n' if 'http' in ini else packet())
+            server.kill(signal.SIGTERM)
+            server.wait_for('stopping')
+            select.select([], [], [], 0.3)              # the worker hears it meanwhile
+        with connection:
+            assert Answer(read_all(connection)).body == b'hello\n'
+        assert server.wait() == 0
+
     def test_atexit_and_other_threads_get_their_time(self, start, tmp):
         os.mkfifo(tmp / 'fifo')
         server = start(HELLO + """
@@ -3756,6 +3885,32 @@ class TestHarakiri:
             assert Answer(read_all(slow)).body == b"b'xxx'" and read_all(silent) == b''
         assert server.workers() == before
 
+    def test_the_answer_to_a_failure_is_not_broken_off(self, start):
+        server = start("""
+            import time
+            class Slow(Exception):
+                def __str__(self):
+                    time.sleep(0.8)
+                    return 'slow to tell'
+            def application(environ, start_response):
+                raise Slow
+            """, 'harakiri = 0.4')
+        server.tracebacks_expected, before = True, server.workers()
+        assert server.ask().status == '500 Internal Server Error'
+        assert 'slow to tell' in server.log and 'harakiri' not in server.log and server.workers() == before
+
+    def test_a_line_that_waits_for_the_log_is_no_case_for_harakiri(self, start):
+        reader, writer = os.pipe()
+        server = start(APPS, f'harakiri = 0.4\nreq-logger = file:/dev/fd/{writer}', pass_fds=[writer])
+        os.set_blocking(writer, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writer, b'x')
+        before = server.workers()
+        assert server.ask('hello').body == server.ask('hello').body == b'hello\n'
+        assert server.workers() == before and 'harakiri' not in server.log
+        os.close(reader), os.close(writer)
+
     def test_a_request_that_ends_after_the_alarm_costs_no_other(self, start, tmp):
         server = start(SLOW, 'harakiri = 0.4\nharakiri-graceful-timeout = 0.4\nthreads = 2')
         server.tracebacks_expected = True
@@ -3956,10 +4111,12 @@ class TestInside:
             import time, uwsgi
             def application(e, s):
                 uwsgi.set_user_harakiri(1)
+                e['wsgi.input'].read()
                 time.sleep(100)
             """)
         server.tracebacks_expected = True
-        assert server.ask().status == '504 Gateway Timeout'
+        for body in b'', b'x' * 100000:
+            assert server.ask(body=body).status == '504 Gateway Timeout'
 
     def test_threads_and_connections_made_before_the_fork_are_named(self, start):
         server = start(HELLO + """
@@ -5355,6 +5512,8 @@ def hello(e, s):
     return reply(b'hello\\n', s)
 def body(e, s):
     return reply(b'%d' % len(e['wsgi.input'].read()), s)
+def late(e, s):
+    time.sleep(0.1); return body(e, s)
 def drip(e, s):
     s('200 OK', [])
     for _ in range(100): yield b'x' * 100000
@@ -5430,6 +5589,20 @@ class TestBadClients:
             assert Answer(exchange(*speaking(server, speaks))).body == b'hello\n'
         wait_until(lambda: descriptors(server) == before, f'{before}')
         assert 'Traceback' not in server.log and 'the application failed' not in server.log
+
+    def test_a_connection_that_is_reset_before_it_is_read_is_no_failure(self, start):
+        with socket.create_server(('127.0.0.1', 0)) as listener:        # one that doesn't wait for the first bytes
+            server = start(HOSTILE, f'socket = fd://{listener.fileno()}', pass_fds=[listener.fileno()])
+            for _ in range(20):
+                send_and_leave(listener.getsockname(), b'', True)
+            assert Answer(exchange(listener.getsockname(), packet())).body == b'hello\n'
+        assert 'the application failed' not in server.log
+
+    def test_who_leaves_before_it_is_told_to_continue_is_no_failure(self, start):
+        server = start(HOSTILE, http=True)
+        send_and_leave(server.http, b'POST /late HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n'
+                       b'Expect: 100-continue\r\n\r\n', True)
+        assert server.get().body == b'hello\n' and 'the application failed' not in server.log
 
     @both
     def test_a_client_that_has_ended_its_side_is_answered(self, start, speaks):
