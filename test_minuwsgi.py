@@ -1776,12 +1776,6 @@ def test_a_request_waits_until_the_client_has_read_the_response_before(start, tm
         assert len(client.answer().body) == 180000 and client.answer().body == b'hello\n'
 
 
-def test_a_connection_that_a_job_gives_back_has_its_time(start):
-    server = start(HOSTILE, 'http-timeout = 1', http=True)
-    with Kept(server) as client:
-        assert len(client.get('/big').body) == 10000000 and client.is_closed()
-
-
 def test_a_client_may_pipeline_more_than_it_reads(echo):
     with Kept(echo) as client:
         requests = b''.join(b'GET /%d HTTP/1.1\r\nHost: x\r\n\r\n' % i for i in range(20000))
