@@ -700,6 +700,7 @@ def usage():
 # counted. O_NONBLOCK would hold for other programs that share the descriptor too.
 
 log_date = []                           # of the option log-date: the format of strftime(), or nothing
+logs = []                               # all objects of Log
 
 
 def ready_within(fd, event, seconds):
@@ -738,22 +739,56 @@ def write_now(fd, line):
         return os.write(fd, line[:select.PIPE_BUF])
 
 
+def open_safely(name, flags, mode):
+    """A descriptor of a file, which is made if it isn't there. A link is followed if root or we have made it
+    (/dev/stdout is one): others could lead us to any file."""
+    link = os.path.islink(name)
+    if link and (maker := os.lstat(name).st_uid) not in (0, os.geteuid()):
+        raise OSError(errno.ELOOP, f'it is a link, made by the user {maker}; name the file itself')
+    return os.open(name, flags | os.O_CREAT | (0 if link else os.O_NOFOLLOW), mode)
+
+
+def open_to_append(name):
+    """A descriptor that writes to the end of a log."""
+    try:
+        return open_safely(name, os.O_WRONLY | os.O_APPEND, 0o640)
+    except OSError as error:
+        raise ConfigError(f"can't write the log {name}: {error.strerror}") from None
+
+
 class Log(io.FileIO):
     """A descriptor for lines, which holds nobody for longer than a second in ten. Lies under sys.stdout and
     sys.stderr too: an application that prints should neither wait for the log nor fail with it."""
 
     impatient_until = 0.0               # of all: one that is stuck is enough
 
-    def __init__(self, fd):
+    def __init__(self, fd, path=None):
         super().__init__(fd, 'w', closefd=False)
-        self.fd, self.lost = fd, 0
+        self.fd, self.path, self.looked, self.lost = fd, path, 0.0, 0
         self.look()
+        logs.append(self)
 
     def look(self):
         """What is behind the descriptor now? Only a file never makes us wait."""
         self.put = os.write if os.path.isfile(self.fd) else write_now
 
+    def follow(self):
+        """Go on in the file that has the log's name now, after somebody (logrotate) moved the old one."""
+        self.looked = time.monotonic()
+        if not self.path or self.path.startswith('/dev/'):
+            return
+        try:
+            if not os.path.exists(self.path) or not os.path.samefile(self.path, self.fd):
+                new = open_to_append(self.path)
+                os.dup2(new, self.fd, inheritable=self.fd < 3)
+                os.close(new)
+                self.look()
+        except (ConfigError, OSError) as error:         # the old file goes on
+            self.write(f'log: {error}\n'.encode('utf-8', 'backslashreplace'))
+
     def write(self, line):
+        if self.path and time.monotonic() > self.looked + 1:
+            self.follow()
         left = b'\nlog: %d lines were lost here: it could not be written\n' % self.lost + line if self.lost else line
         try:
             while left:
@@ -808,23 +843,6 @@ def flush_streams():
             stream.flush()
 
 
-def open_safely(name, flags, mode):
-    """A descriptor of a file, which is made if it isn't there. A link is followed if root or we have made it
-    (/dev/stdout is one): others could lead us to any file."""
-    link = os.path.islink(name)
-    if link and (maker := os.lstat(name).st_uid) not in (0, os.geteuid()):
-        raise OSError(errno.ELOOP, f'it is a link, made by the user {maker}; name the file itself')
-    return os.open(name, flags | os.O_CREAT | (0 if link else os.O_NOFOLLOW), mode)
-
-
-def open_to_append(name):
-    """A descriptor that writes to the end of a log."""
-    try:
-        return open_safely(name, os.O_WRONLY | os.O_APPEND, 0o640)
-    except OSError as error:
-        raise ConfigError(f"can't write the log {name}: {error.strerror}") from None
-
-
 def open_log(name):
     """Let the descriptors 1 and 2 write to the end of a file."""
     fd = open_to_append(name)
@@ -841,25 +859,21 @@ def mtime(name):
         return None
 
 
-def reopen_log(config):
-    """Follow the log's name to a new file, after somebody (logrotate) moved the old one."""
-    if config.logto and not config.logto.startswith('/dev/'):
-        try:
-            if not os.path.exists(config.logto) or not os.path.samefile(config.logto, 2):
-                open_log(config.logto)
-        except (ConfigError, OSError) as error:         # the old file goes on
-            log(f'log: {error}')
+def follow_logs(*_):
+    """Now, not only before the next line: the old file can be compressed."""
+    for one in logs:
+        one.follow()
 
 
 def rotate_log(config):
-    """log-maxsize: move the log away when it is too large."""
+    """log-maxsize: move the log away when it is too large. Was it?"""
     if config.logto and os.fstat(2).st_size > config.log_maxsize:
         try:
             os.rename(config.logto, config.log_backupname or f'{config.logto}.{int(time.time())}')
+            return True
         except OSError as error:
             config.log_maxsize = 0
             log(f"log-maxsize: can't rename {config.logto}: {error.strerror}")
-        reopen_log(config)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -2416,7 +2430,6 @@ class RequestLog:
         second = int(time.time())
         if second != self.second:
             self.second, self.date = second, time.ctime(second)         # strftime() would heed the locale
-            reopen_log(self.config)                     # logrotate may have moved it
         self.total[0] += 1
         get, status, sent, head, headers = environ.get, (response.status or '500')[:3], 0, 0, 0
         if response.sent:
@@ -2817,7 +2830,8 @@ class Worker:
         os.close(other_end)
         self.logging = not config.disable_logging or any((
             config.log_4xx, config.log_5xx, config.log_slow, config.log_zero, config.log_big))
-        self.request_log = Log(open_to_append(config.req_logger[-1])) if config.req_logger else main_log
+        path = config.req_logger[-1] if config.req_logger else None
+        self.request_log = Log(open_to_append(path), path) if path else main_log
         self.limit = self.most = math.inf               # requests until check_limits(), until we leave
         if config.max_requests:                         # not all workers at the same time
             delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
@@ -2870,7 +2884,7 @@ class Worker:
             signal.signal(number, signal.SIG_DFL if number == signal.SIGQUIT else lambda *_: None)
         for number in STOP_SIGNALS:
             signal.signal(number, self.on_stop)
-        signal.signal(signal.SIGUSR1, lambda *_: reopen_log(self.config))
+        signal.signal(signal.SIGUSR1, follow_logs)
         signal.signal(signal.SIGUSR2, self.tell_state)
         signal.signal(signal.SIGALRM, self.on_harakiri)
         for number in signal.SIGUSR2, signal.SIGALRM:   # the stacks come first, and even if Python hangs in C
@@ -3544,7 +3558,7 @@ class Master:
             self.reload_wanted = True
         elif number in (signal.SIGUSR1, signal.SIGUSR2):
             if number == signal.SIGUSR1:
-                reopen_log(self.config)
+                follow_logs()
             elif not ready_within(2, select.POLLOUT, 0):        # it is full, and would hold the workers
                 return
             for child in self.children.values():
@@ -3705,8 +3719,8 @@ class Master:
         mtimes = list(map(mtime, self.touched))
         if mtimes != self.mtimes:
             self.mtimes, self.reload_wanted = mtimes, True
-        if config.log_maxsize:
-            rotate_log(config)
+        if config.log_maxsize and rotate_log(config):
+            self.on_signal(signal.SIGUSR1)
         self.notify('WATCHDOG=1')
         for child in self.serving() if self.command and config.reload_on_rss else ():
             rss = memory_of(child.pid)[1] >> 20         # a program doesn't look at it
@@ -4132,13 +4146,13 @@ def open_logs(config, start, reloaded):
         os.environ.pop(name, None)
     if config.log_date is not None:
         log_date[:] = [config.log_date if '%' in config.log_date else '%a %b %d %H:%M:%S %Y']
-    if reloaded:                                        # by now it may not be ours to open
-        reopen_log(config)
-    elif config.daemonize:
+    if config.daemonize and not reloaded:
         start.daemonize(config.logto)
-    elif config.logto:
+    elif config.logto and not reloaded:                 # after a reload it may not be ours to open
         open_log(config.logto)
-    sys.stdout = io.TextIOWrapper(Log(1), 'utf-8', 'backslashreplace', line_buffering=True)
+    main_log.path = config.logto
+    sys.stdout = io.TextIOWrapper(Log(1, config.logto), 'utf-8', 'backslashreplace', line_buffering=True)
+    follow_logs()
     sys.stderr = io.TextIOWrapper(main_log, 'utf-8', 'backslashreplace', line_buffering=True)
     for name in config.req_logger if not reloaded else ():
         fresh, fd = not os.path.lexists(name), open_to_append(name)
