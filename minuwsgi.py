@@ -196,7 +196,7 @@ inherit | path+ | | the same, after all other files
 set set-ph set-placeholder -S | text+ | | NAME=value: an option, or a variable for %(NAME)
 print iprint | text+ | | log this text at the start
 strict | flag | false | an unknown option stops the start
-show-config | flag | false | print each line and what becomes of it, and exit
+show-config | flag | false | print each line and what becomes of it; on the command line: and exit
 check | flag | false | look for all that would stop a start, load the application, exit
 '''
 
@@ -517,6 +517,7 @@ class Config:
             self.errors.append(f'processes = {self.processes}, threads = {self.threads}: 10000 in all are the most')
         log = self.daemonize or self.logto or (self.logger[-1] if self.logger else None)
         self.logto = log and os.path.abspath(log)       # before chdir, as in uWSGI
+        self.pidfile = self.pidfile and os.path.abspath(self.pidfile)
         self.req_logger = [os.path.abspath(log) for log in self.req_logger]
 
     def where(self, value):
@@ -579,7 +580,7 @@ class Config:
             text = read_file(file)
         except (OSError, ValueError) as error:
             why = f"can't read {file}: {getattr(error, 'strerror', None) or error}"
-            if setting.where == COMMAND_LINE:
+            if setting.where == COMMAND_LINE and RELOADED not in os.environ:
                 raise ConfigError(why) from None
             setting.errors.append(why + '; only files can be read' * ('://' in file))
             return []
@@ -775,10 +776,8 @@ class Log(io.FileIO):
     def follow(self):
         """Go on in the file that has the log's name now, after somebody (logrotate) moved the old one."""
         self.looked = time.monotonic()
-        if not self.path or self.path.startswith('/dev/'):
-            return
         try:
-            if not os.path.exists(self.path) or not os.path.samefile(self.path, self.fd):
+            if self.path and not (os.path.exists(self.path) and os.path.samefile(self.path, self.fd)):
                 new = open_to_append(self.path)
                 os.dup2(new, self.fd, inheritable=self.fd < 3)
                 os.close(new)
@@ -841,15 +840,6 @@ def flush_streams():
     for stream in sys.stdout, sys.stderr:
         with contextlib.suppress(OSError, ValueError, AttributeError):          # an application may have closed them
             stream.flush()
-
-
-def open_log(name):
-    """Let the descriptors 1 and 2 write to the end of a file."""
-    fd = open_to_append(name)
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
-    os.close(fd)
-    main_log.look()
 
 
 def mtime(name):
@@ -959,6 +949,13 @@ def remove_stale_socket(path):
             raise FileExistsError(f'another server listens there, {holder(probe)}; stop it, or choose another name')
 
 
+def name_of(where):
+    """An address of the kernel as an option has it: a path, @name, host:port or [v6]:port."""
+    if type(where) is tuple:
+        return f'[{where[0]}]:{where[1]}' if ':' in where[0] else f'{where[0]}:{where[1]}'
+    return os.fsdecode(where).replace('\0', '@')
+
+
 class Listener:
     """A listening socket. protocol: 'uwsgi' or 'http'.  fd, inode: of one that is inherited, and isn't bound again."""
 
@@ -1006,13 +1003,12 @@ class Listener:
         self.socket.bind(where)
 
     def find_name(self):
-        """Its name for the log and the environ, as the kernel knows it: a path, b'\\0name' or (host, port, ...)."""
+        """Its name for the log and the environ, as the kernel knows it."""
         where = self.socket.getsockname()
+        self.name, self.host, self.port = name_of(where), 'localhost', '80'
         if type(where) is not tuple:
-            self.name, self.host, self.port = os.fsdecode(where).replace('\0', '@'), 'localhost', '80'
             return
-        self.host, self.port = f'[{where[0]}]' if ':' in where[0] else where[0], str(where[1])
-        self.name = f'{self.host}:{self.port}'
+        self.host, self.port = self.name.rsplit(':', 1)
         if self.protocol == 'uwsgi' and not f'{where[0]}.'.startswith(('127.', '::1.')):
             log(f'warning: {self.name} believes whoever reaches it, as the uwsgi protocol has it (REMOTE_ADDR, '
                 'REMOTE_USER …): let a firewall admit the web server alone, or bind 127.0.0.1 or a path')
@@ -1643,7 +1639,8 @@ class Response:
 
     def __init__(self, config):
         self.timeout, self.job_timeout = config.socket_timeout, config.http_timeout
-        self.extra = ''.join(f'{header.strip()}\r\n' for header in config.add_header).encode('latin-1') + b'\r\n'
+        self.extra = ''.join(f'{header.strip()}\r\n' for header in config.add_header)
+        self.extra = self.extra.encode('utf-8', 'surrogateescape') + b'\r\n'          # as it stands in the file
         self.status = self.length = self.left = self.body = None
         self.ending = self.http = self.own = ''
         self.head = b''
@@ -1881,7 +1878,7 @@ def is_fresh(environ, tag, modified):
     from email.utils import parsedate_to_datetime
     try:
         return parsedate_to_datetime(modified) <= parsedate_to_datetime(environ['HTTP_IF_MODIFIED_SINCE'])
-    except (LookupError, TypeError, ValueError):        # there is none, or it isn't a date
+    except (LookupError, TypeError, ValueError, OverflowError):         # there is none, or it isn't a date
         return False
 
 
@@ -2818,7 +2815,7 @@ class Worker:
         self.listeners = {listener.socket.fileno(): listener for listener in listeners}
         self.connections = {}                           # HTTP: descriptor -> Connection that waits; who serves
                                                         # one has taken it out, so that nobody else closes it
-        self.stopping = False
+        self.stopping, self.told = False, None          # told: by which signal, before we serve
         self.closing_at = 0.0                           # when a stopping worker leaves its kept connections
         self.waiting = None                             # at a stop: the listener, for those who wait already
         self.undrained = set()                          # the same with epoll: listeners where somebody may wait yet
@@ -2867,6 +2864,8 @@ class Worker:
         if self.config.py_autoreload and self.number == 1 and self.master:
             self.watch_modules()
         self.tell_master(READY)
+        if self.told:
+            self.on_stop(self.told, None)
         cores[0].serve(accept)
         if self.waiting is not None:
             cores[0].serve(self.waiting._accept)
@@ -2935,7 +2934,11 @@ class Worker:
         """SIGTERM: everything ends, serve what waits. SIGHUP: others serve it. SIGIO: the master has died."""
         if self.stopping:                               # the master repeats it, to interrupt accept()
             return
-        self.stopping, self.rows[0].numbers[LEAVING] = True, 2          # 2: the master sees that it was heard
+        self.rows[0].numbers[LEAVING] = 2               # the master sees that it was heard
+        if not self.rows[0].numbers[READY]:             # the application is being loaded
+            self.told = self.told or number
+            return
+        self.stopping = True
         self.closing_at = time.monotonic() + 1
         if self.poll is not None:                       # wait() takes who waits already, until nobody does any more
             self.undrained = set(self.listeners) if number == signal.SIGTERM else set()
@@ -3284,7 +3287,7 @@ class Stats:
     stats-http GET / (JSON), /metrics (Prometheus) and /health."""
 
     def __init__(self, master):
-        self.master = master
+        self.master, self.directory = master, os.getcwd()       # which may be removed while we run
         self.sockets = {one.socket.fileno(): one.socket for one in master.owned if one.protocol == 'stats'}
         self.listening = set(self.sockets)              # the others are clients that are to ask over HTTP
 
@@ -3340,7 +3343,7 @@ class Stats:
         queues = [(listener, *queue(listener)) for listener in self.master.listeners]
         waiting = sum(waiting for _, waiting, _ in queues)
         return json.dumps({
-            'version': __version__, 'pid': os.getpid(), 'uid': os.getuid(), 'gid': os.getgid(), 'cwd': os.getcwd(),
+            'version': __version__, 'pid': os.getpid(), 'uid': os.getuid(), 'gid': os.getgid(), 'cwd': self.directory,
             'listen_queue': waiting, 'load': waiting, 'listen_queue_errors': 0, 'signal_queue': 0, 'locks': [],
             'sockets': [{'name': listener.name, 'proto': listener.protocol, 'queue': waiting, 'max_queue': most,
                          'shared': 0, 'can_offload': 1} for listener, waiting, most in queues],
@@ -3355,7 +3358,7 @@ class Stats:
                                 ('rss_bytes', 'gauge', 'rss'), ('busy', 'gauge', 'serving')):
             lines.append(f'# TYPE minuwsgi_worker_{name} {kind}')
             lines += [f'minuwsgi_worker_{name}{{worker="{i}"}} {worker[key]}' for i, worker in workers.items()]
-        return '\n'.join([*lines, '']).encode()
+        return '\n'.join([*lines, '']).encode(errors='backslashreplace')
 
 
 def offer_uwsgi_module(config):
@@ -3501,9 +3504,9 @@ class Child:
 class Master:
     """The process that owns the sockets, and keeps the workers that there should be."""
 
-    def __init__(self, config, owned, application, start, signals, uwsgi, workers):
+    def __init__(self, config, owned, application, start, signals, uwsgi, workers, touched):
         self.config, self.owned, self.application, self.uwsgi = config, owned, application, uwsgi
-        self.start, self.signals = start, signals
+        self.start, self.signals, self.touched = start, signals, touched        # {file to be touched: its time}
         self.listeners = [one for one in owned if one.protocol in ('uwsgi', 'http')]
         self.stats, self.command = Stats(self), worker_command(config)
         self.children = {pid: Child(pid, *rest) for pid, *rest in workers}      # at first those from before a reload
@@ -3519,11 +3522,9 @@ class Master:
         self.cheap = 0 < config.cheaper < config.processes
         self.wanted = config.processes                  # how many workers there should be now
         if self.cheap:
-            self.wanted = min(max(config.cheaper, config.cheaper_initial), config.processes)
+            self.wanted = min(max(config.cheaper, config.cheaper_initial, len(workers)), config.processes)
         self.calm, self.last_busy, self.last_answered = 0, self.now, 0
-        self.touched = config.touch_reload + config.touch_chain_reload
-        self.mtimes = list(map(mtime, self.touched))
-        looks = self.touched or self.cheap or config.log_maxsize or config.idle \
+        looks = touched or self.cheap or config.log_maxsize or config.idle \
             or self.command and config.reload_on_rss or 'WATCHDOG_USEC' in start.environment
         self.next_look = 0.0 if looks else math.inf
 
@@ -3716,9 +3717,8 @@ class Master:
     def look_round(self):
         config, self.next_look = self.config, self.now + 0.5
         self.due(self.next_look)
-        mtimes = list(map(mtime, self.touched))
-        if mtimes != self.mtimes:
-            self.mtimes, self.reload_wanted = mtimes, True
+        before, self.touched = self.touched, {name: mtime(name) for name in self.touched}
+        self.reload_wanted |= self.touched != before
         if config.log_maxsize and rotate_log(config):
             self.on_signal(signal.SIGUSR1)
         self.notify('WATCHDOG=1')
@@ -3926,7 +3926,7 @@ class Start:
             os.close(wait)
             os.setsid()
             os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-            return open_log(name)
+            return
         os.close(self.parent)
         if os.read(wait, 1):
             os._exit(0)
@@ -4015,29 +4015,6 @@ def enter_python(config, start):
 NO_SOCKET = 'no socket is named: set socket = PATH or http-socket = :8000'
 
 
-def check(config):
-    """Print each line of the configuration, then all that would stop a start. The exit code."""
-    offer_uwsgi_module(config)
-    show_config(config)
-    errors = list(config.errors)
-    trials = [(prepare, config), (owner, f'{config.uid or ""}:{config.gid or ""}'), (owner, config.chown_socket or '')]
-    trials += [(parse_address, address) for address in config.socket + config.uwsgi_socket + config.http_socket]
-    for trial, what in trials:
-        try:
-            trial(what)
-        except ConfigError as error:
-            errors.append(config.where(what) + str(error))
-    for path in config.pidfile, config.logto:
-        if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            errors.append(f'{config.where(path)}{path}: there is no such directory')
-    if not config.socket + config.uwsgi_socket + config.http_socket and 'LISTEN_FDS' not in os.environ:
-        errors.append(NO_SOCKET)
-    for error in errors:
-        log(f'minuwsgi: {error}')
-    loaded = load_or_log(config) is not None
-    return EXIT_CONFIG if errors else 0 if loaded else EXIT_NO_APP
-
-
 class Pidfile:
     """The file with the master's pid, locked while the master lives: a stale one is no obstacle. It is
     owned, inherited and removed as a Listener is, and has its names: `socket` is the file."""
@@ -4063,34 +4040,45 @@ class Pidfile:
                 os.unlink(self.address)
 
 
+def anywhere(name):
+    """':80' for 0.0.0.0:80 and for [::]:80, which is both to the kernel."""
+    return name.removeprefix('0.0.0.0').removeprefix('[::]')
+
+
 def activated():
-    """{address: descriptor} of the sockets that systemd has bound for us, see sd_listen_fds(3)."""
+    """{name: descriptor} of the sockets that systemd has bound for us, see sd_listen_fds(3)."""
     found, pid, many = {}, os.environ.pop('LISTEN_PID', ''), os.environ.pop('LISTEN_FDS', '0')
     for fd in range(3, 3 + int(many)) if pid == str(os.getpid()) else ():
         with socket.socket(fileno=os.dup(fd)) as listener:
-            name = listener.getsockname()
-        found[name if type(name) is str else '%s:%d' % name[:2]] = fd
+            found[anywhere(name_of(listener.getsockname()))] = fd
     return found
 
 
-def bind(config, inherited, owned):
-    """Fill `owned` with what the options name, listeners and the pidfile; inherited: [(address, protocol, inode,
-    descriptor)] of what was owned before a reload."""
+def own(config, owned, address, protocol, inode=None, fd=None):
+    """Bind an address, or create the pidfile; or, with a descriptor, go on with what is there already."""
+    try:
+        owned.append((Pidfile if protocol == 'pidfile' else Listener)(address, protocol, config, fd, inode))
+    except ConfigError as error:
+        raise ConfigError(f'{config.where(address)}{error}') from None
+
+
+def bind(config, owned):
+    """Own what the options name, listeners and the pidfile, and nothing else."""
     names = [(address, protocol) for protocol, addresses in (
         (config.protocol, config.socket), ('uwsgi', config.uwsgi_socket), ('http', config.http_socket),
         ('stats', [config.master and config.stats]), ('pidfile', [config.pidfile])) for address in addresses if address]
     given = activated()
-    wanted = {(address, protocol): (None, given.pop('0.0.0.0' + address if address[:1] == ':' else address, None))
-              for address, protocol in names}
-    wanted.update({(f'fd://{fd}', config.protocol): (None, fd) for fd in given.values()})       # only systemd names it
-    before = {(address, protocol): rest for address, protocol, *rest in inherited}
-    for (address, protocol), (inode, fd) in {**before, **wanted, **before}.items():     # first what must not get lost
-        try:
-            owned.append((Pidfile if protocol == 'pidfile' else Listener)(address, protocol, config, fd, inode))
-        except ConfigError as error:
-            raise ConfigError(f'{config.where(address)}{error}') from None
+    wanted = {name: given.pop(anywhere(name[0]), None) for name in names}
+    wanted.update({(f'fd://{fd}', config.protocol): fd for fd in given.values() if f'fd://{fd}' not in dict(names)})
+    before = {(one.address, one.protocol) for one in owned}
+    for name, fd in wanted.items():
+        if name not in before:
+            own(config, owned, *name, fd=fd)
+    kept = {one.socket.fileno() for one in owned if (one.address, one.protocol) in wanted}
     for one in [one for one in owned if (one.address, one.protocol) not in wanted]:
         one.vacuum()
+        if one.socket.fileno() in kept:                 # systemd's, which has another name or protocol now
+            one.socket.detach()
         one.socket.close()
         owned.remove(one)
     if not any(one.protocol in ('uwsgi', 'http') for one in owned):
@@ -4128,6 +4116,30 @@ def drop_privileges(config):
         raise ConfigError('uid: the privileges of root could not be dropped')
 
 
+def check(config):
+    """Print each line of the configuration, then all that would stop a start. The exit code."""
+    offer_uwsgi_module(config)
+    show_config(config)
+    errors, sockets = list(config.errors), config.socket + config.uwsgi_socket + config.http_socket
+    for path in config.pidfile, config.logto, *config.req_logger:
+        if path and not os.path.isdir(os.path.dirname(path)):
+            errors.append(f'{config.where(path)}{path}: there is no such directory')
+    trials = [(prepare, config), (owner, config.chown_socket or '')]
+    trials += [(parse_address, address) for address in (*sockets, config.stats) if address]
+    trials += [(drop_privileges, config)] if config.uid or config.gid else []
+    for trial, what in trials:
+        try:
+            trial(what)
+        except ConfigError as error:
+            errors.append(config.where(what) + str(error))
+    if not sockets and 'LISTEN_FDS' not in os.environ:
+        errors.append(NO_SOCKET)
+    for error in errors:
+        log(f'minuwsgi: {error}')
+    loaded = load_or_log(config) is not None
+    return finish_process(1, EXIT_CONFIG if errors else 0 if loaded else EXIT_NO_APP)
+
+
 def inherited_state():
     """(were we reloaded, what the image before owned, its workers), see Master.after_proof()."""
     text = os.environ.pop(RELOADED, None)
@@ -4148,12 +4160,12 @@ def open_logs(config, start, reloaded):
         log_date[:] = [config.log_date if '%' in config.log_date else '%a %b %d %H:%M:%S %Y']
     if config.daemonize and not reloaded:
         start.daemonize(config.logto)
-    elif config.logto and not reloaded:                 # after a reload it may not be ours to open
-        open_log(config.logto)
+    if config.logto and not reloaded:                   # after a reload it may not be ours to open
+        os.close(open_to_append(config.logto))
     main_log.path = config.logto
     sys.stdout = io.TextIOWrapper(Log(1, config.logto), 'utf-8', 'backslashreplace', line_buffering=True)
-    follow_logs()
     sys.stderr = io.TextIOWrapper(main_log, 'utf-8', 'backslashreplace', line_buffering=True)
+    follow_logs()
     for name in config.req_logger if not reloaded else ():
         fresh, fd = not os.path.lexists(name), open_to_append(name)
         if fresh and not os.getuid():
@@ -4167,24 +4179,30 @@ def open_logs(config, start, reloaded):
 def start_and_run(config, start, owned):
     """The steps of a start in their order; `owned` gathers what has to be removed at the end. The exit code."""
     reloaded, inherited, workers = inherited_state()
-    config.pidfile = config.pidfile and os.path.abspath(config.pidfile)         # before chdir, as in uWSGI
     open_logs(config, start, reloaded)
     signals, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     catch_signals(wake, starting=not reloaded)          # after a reload there are workers to be stopped in order
     uwsgi, lazy = offer_uwsgi_module(config), config.lazy_apps and (config.master or reloaded)
     application, code = None, EXIT_CONFIG
     try:
+        for one in inherited:                           # first what must not get lost, whatever fails
+            own(config, owned, *one)
+        if config.errors:
+            raise ConfigError('\n'.join(config.errors))
         prepare(config)
-        bind(config, inherited, owned)
+        bind(config, owned)
         drop_privileges(config)
-        application = None if lazy else load_or_log(config)
-        code = EXIT_NO_APP if application is None and not lazy else 0
+        code = 0
     except ConfigError as error:
         log(f'minuwsgi: {error}')
+    touched = {name: mtime(name) for name in config.touch_reload + config.touch_chain_reload}   # before we load
+    if not (code or lazy):
+        application = load_or_log(config)
+        code = EXIT_NO_APP if application is None else 0
     if code and not reloaded:
         return code
     catch_signals(wake)
-    master = Master(config, owned, application, start, signals, uwsgi, workers)
+    master = Master(config, owned, application, start, signals, uwsgi, workers, touched)
     if code:
         master.not_before = math.inf
         master.reload_failed('see above; the old workers go on serving, none can be replaced until the next reload')
@@ -4223,7 +4241,7 @@ def send_signal(what, name='PIDFILE'):
 
 def configure_and_serve(arguments):
     start, config = Start(arguments), Config(arguments)
-    if config.show_config:
+    if config.show_config and config.setters[BY_NAME['show-config']].where == COMMAND_LINE:
         return show_config(config)
     try:
         enter_python(config, start)
@@ -4231,9 +4249,11 @@ def configure_and_serve(arguments):
         config.errors.append(str(error))
     if config.check:
         return check(config)
+    if config.show_config:                              # in the file, as with uWSGI: the start goes on
+        show_config(config)
     for warning in config.warnings:
         log(warning)
-    if config.errors:
+    if config.errors and RELOADED not in os.environ:    # there are workers to be kept
         raise ConfigError('\n'.join(config.errors))
     return serve(config, start)
 

@@ -4017,7 +4017,7 @@ class TestDaemon:
         server.ask()
         if signalled:
             server.kill(signal.SIGUSR1)
-            wait_until((tmp / 'log').exists, 'the new log')
+        wait_until(lambda: server.ask('/there') and (tmp / 'log').exists(), 'the new log')
         wait_until(lambda: server.ask('/there') and '/there' in (tmp / 'log').read_text(), 'a line in the new log')
 
     @pytest.mark.skipif(os.getuid() != 0 or not os.path.exists('/usr/bin/python3'),
