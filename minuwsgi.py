@@ -1865,7 +1865,7 @@ def expiry(value):
         pattern, seconds = value.replace('=', ' ').rsplit(None, 1)
         if not re.search(r'[\\^$|(+]|\.\*', pattern):
             pattern = fnmatch.translate(pattern if pattern[:1] in '/*' else '*' + pattern)
-        return re.compile(pattern).search, int(seconds)
+        return re.compile(pattern).search, min(int(seconds), 1 << 31)
     except (ValueError, re.error):
         raise AppError(f'static-expires = {value}: PATTERN SECONDS is expected, such as *.css 3600') from None
 
@@ -2057,12 +2057,12 @@ def worker_command(config):
     return None
 
 
-def become(command, sockets):
+def become(command, sockets, master):
     """Execute a command in the place of this process. The sockets are its descriptors 3, 4 and so on, as
     sd_listen_fds(3) has it, and the first of them is 0 too. Comes back only if that fails."""
     import ctypes
     import fcntl
-    if sys.platform == 'linux':
+    if master and sys.platform == 'linux':
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG: when the master dies, however it dies
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:    # Python ignores some: it is inherited
         signal.signal(number, signal.SIG_DFL)
@@ -3369,7 +3369,8 @@ def offer_uwsgi_module(config):
     module, decorators, master = types.ModuleType('uwsgi'), types.ModuleType('uwsgidecorators'), os.getpid()
 
     def workers():
-        found = [state_of(rows) for rows in module.worker.all_rows if rows[0].numbers[PID]]
+        all_rows = module.worker.all_rows if module.worker else ()      # not yet
+        found = [state_of(rows) for rows in all_rows if rows[0].numbers[PID]]
         return tuple({**worker, 'status': worker['status'].encode()} for worker in found)
     vars(module).update({
         'worker': None, 'hooks': [], 'workers': workers, 'numproc': config.processes,
@@ -3692,8 +3693,10 @@ class Master:
         """Tell a worker to stop, or that its request takes too long; kill the one that doesn't heed it."""
         config, why = self.config, 'stopping at once' if self.stopping > 1 else ''
         if child.told_at < math.inf:
-            os.kill(child.pid, signal.SIGTERM if self.stopping or child.foreign else signal.SIGHUP)
-            self.due(self.now + 0.1)                    # again and again: it may come just before an accept()
+            if child.told_at == self.now or not (child.foreign and config.worker_exec):
+                os.kill(child.pid, signal.SIGTERM if self.stopping or child.foreign else signal.SIGHUP)
+                self.due(self.now + 0.1)                # again and again: it may come just before an accept(); but
+                                                        # an unknown program may take the second for "at once"
             heard = child.foreign or child.busy() or child.numbers[LEAVING] == 2
             mercy = config.worker_reload_mercy if heard else min(2, config.worker_reload_mercy)
             if self.due(child.told_at + mercy):
@@ -3808,7 +3811,7 @@ class Master:
         signal.set_wakeup_fd(-1)
         name_process(self.config, f'worker {number}')
         if self.command:
-            become(self.command, [listener.socket for listener in self.listeners])
+            become(self.command, [listener.socket for listener in self.listeners], master)
             sys.exit(EXIT_NO_APP)
         worker = Worker(self.config, self.listeners, self.application, rows, self.total, number, master)
         worker.all_rows, self.uwsgi.worker = self.all_rows, worker
@@ -3845,7 +3848,7 @@ class Master:
         """Then the same process with new code. It inherits what we own and our children, see inherited_state()."""
         self.proof = None
         if code and not self.stopping:
-            return self.reload_failed('see above; the old code goes on serving')
+            return self.reload_failed(f'{self.cause(code)}, see above; the old code goes on serving')
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
         self.take_signals()                             # what came before would be lost
         if not self.stopping and not self.reload_wanted:

@@ -2976,6 +2976,29 @@ def test_a_program_finds_the_sockets_as_from_systemd_and_dies_with_the_master(st
     wait_until(lambda: not alive(worker), 'the end of the program')
 
 
+def test_a_program_is_told_once_to_stop(start, tmp):
+    """Many take a second SIGTERM for: at once."""
+    os.mkfifo(tmp / 'fifo')
+    (tmp / 'serve.py').write_text("""
+import signal, socket
+def stop(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    print('told')
+server = socket.socket(fileno=0)
+signal.signal(signal.SIGTERM, stop)
+with server.accept()[0] as client:
+    open('fifo').read()
+    client.sendall(b'done')
+""")
+    server = start(ini=f'worker-exec = {sys.executable} -u serve.py')
+    with connect(server.socket) as client:
+        with open(tmp / 'fifo', 'w'):
+            server.kill(signal.SIGTERM)
+            server.wait_for('^told')
+            assert not select.select([client], [], [], 0.5)[0]
+        assert read_all(client) == b'done' and server.wait() == 0
+
+
 def test_programs_that_hold_an_old_log_are_replaced_after_USR1(start, tmp):
     (tmp / 'serve.py').write_text(ACCEPT)
     server = start(ini=f'worker-exec = {sys.executable} serve.py\nlogto = log', ready=False)
