@@ -198,7 +198,7 @@ inherit | path+ | | the same, after all other files
 set set-ph set-placeholder -S | text+ | | NAME=value: an option, or a variable for %(NAME)
 print iprint | text+ | | log this text at the start
 strict | flag | false | an unknown option stops the start
-show-config | flag | false | print each line and what becomes of it, and exit
+show-config | flag | false | print each line and what becomes of it; on the command line: and exit
 check | flag | false | look for all that would stop a start, load the application, exit
 '''
 
@@ -519,6 +519,7 @@ class Config:
             self.errors.append(f'processes = {self.processes}, threads = {self.threads}: 10000 in all are the most')
         log = self.daemonize or self.logto or (self.logger[-1] if self.logger else None)
         self.logto = log and os.path.abspath(log)       # before chdir, as in uWSGI
+        self.pidfile = self.pidfile and os.path.abspath(self.pidfile)
         self.req_logger = [os.path.abspath(log) for log in self.req_logger]
 
     def where(self, value):
@@ -581,7 +582,7 @@ class Config:
             text = read_file(file)
         except (OSError, ValueError) as error:
             why = f"can't read {file}: {getattr(error, 'strerror', None) or error}"
-            if setting.where == COMMAND_LINE:
+            if setting.where == COMMAND_LINE and RELOADED not in os.environ:
                 raise ConfigError(why) from None
             setting.errors.append(why + '; only files can be read' * ('://' in file))
             return []
@@ -702,6 +703,7 @@ def usage():
 # counted. O_NONBLOCK would hold for other programs that share the descriptor too.
 
 log_date = []                           # of the option log-date: the format of strftime(), or nothing
+logs = []                               # all objects of Log
 
 
 def ready_within(fd, event, seconds):
@@ -740,22 +742,54 @@ def write_now(fd, line):
         return os.write(fd, line[:select.PIPE_BUF])
 
 
+def open_safely(name, flags, mode):
+    """A descriptor of a file, which is made if it isn't there. A link is followed if root or we have made it
+    (/dev/stdout is one): others could lead us to any file."""
+    link = os.path.islink(name)
+    if link and (maker := os.lstat(name).st_uid) not in (0, os.geteuid()):
+        raise OSError(errno.ELOOP, f'it is a link, made by the user {maker}; name the file itself')
+    return os.open(name, flags | os.O_CREAT | (0 if link else os.O_NOFOLLOW), mode)
+
+
+def open_to_append(name):
+    """A descriptor that writes to the end of a log."""
+    try:
+        return open_safely(name, os.O_WRONLY | os.O_APPEND, 0o640)
+    except OSError as error:
+        raise ConfigError(f"can't write the log {name}: {error.strerror}") from None
+
+
 class Log(io.FileIO):
     """A descriptor for lines, which holds nobody for longer than a second in ten. Lies under sys.stdout and
     sys.stderr too: an application that prints should neither wait for the log nor fail with it."""
 
     impatient_until = 0.0               # of all: one that is stuck is enough
 
-    def __init__(self, fd):
+    def __init__(self, fd, path=None):
         super().__init__(fd, 'w', closefd=False)
-        self.fd, self.lost = fd, 0
+        self.fd, self.path, self.looked, self.lost = fd, path, 0.0, 0
         self.look()
+        logs.append(self)
 
     def look(self):
         """What is behind the descriptor now? Only a file never makes us wait."""
         self.put = os.write if os.path.isfile(self.fd) else write_now
 
+    def follow(self):
+        """Go on in the file that has the log's name now, after somebody (logrotate) moved the old one."""
+        self.looked = time.monotonic()
+        try:
+            if self.path and not (os.path.exists(self.path) and os.path.samefile(self.path, self.fd)):
+                new = open_to_append(self.path)
+                os.dup2(new, self.fd, inheritable=self.fd < 3)
+                os.close(new)
+                self.look()
+        except (ConfigError, OSError) as error:         # the old file goes on
+            self.write(f'log: {error}\n'.encode('utf-8', 'backslashreplace'))
+
     def write(self, line):
+        if self.path and time.monotonic() > self.looked + 1:
+            self.follow()
         left = b'\nlog: %d lines were lost here: it could not be written\n' % self.lost + line if self.lost else line
         try:
             while left:
@@ -810,32 +844,6 @@ def flush_streams():
             stream.flush()
 
 
-def open_safely(name, flags, mode):
-    """A descriptor of a file, which is made if it isn't there. A link is followed if root or we have made it
-    (/dev/stdout is one): others could lead us to any file."""
-    link = os.path.islink(name)
-    if link and (maker := os.lstat(name).st_uid) not in (0, os.geteuid()):
-        raise OSError(errno.ELOOP, f'it is a link, made by the user {maker}; name the file itself')
-    return os.open(name, flags | os.O_CREAT | (0 if link else os.O_NOFOLLOW), mode)
-
-
-def open_to_append(name):
-    """A descriptor that writes to the end of a log."""
-    try:
-        return open_safely(name, os.O_WRONLY | os.O_APPEND, 0o640)
-    except OSError as error:
-        raise ConfigError(f"can't write the log {name}: {error.strerror}") from None
-
-
-def open_log(name):
-    """Let the descriptors 1 and 2 write to the end of a file."""
-    fd = open_to_append(name)
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
-    os.close(fd)
-    main_log.look()
-
-
 def mtime(name):
     try:
         return os.stat(name).st_mtime_ns
@@ -843,25 +851,21 @@ def mtime(name):
         return None
 
 
-def reopen_log(config):
-    """Follow the log's name to a new file, after somebody (logrotate) moved the old one."""
-    if config.logto and not config.logto.startswith('/dev/'):
-        try:
-            if not os.path.exists(config.logto) or not os.path.samefile(config.logto, 2):
-                open_log(config.logto)
-        except (ConfigError, OSError) as error:         # the old file goes on
-            log(f'log: {error}')
+def follow_logs(*_):
+    """Now, not only before the next line: the old file can be compressed."""
+    for one in logs:
+        one.follow()
 
 
 def rotate_log(config):
-    """log-maxsize: move the log away when it is too large."""
+    """log-maxsize: move the log away when it is too large. Was it?"""
     if config.logto and os.fstat(2).st_size > config.log_maxsize:
         try:
             os.rename(config.logto, config.log_backupname or f'{config.logto}.{int(time.time())}')
+            return True
         except OSError as error:
             config.log_maxsize = 0
             log(f"log-maxsize: can't rename {config.logto}: {error.strerror}")
-        reopen_log(config)
 
 
 class RequestLog:
@@ -880,7 +884,6 @@ class RequestLog:
         second = int(time.time())
         if second != self.second:
             self.second, self.date = second, time.ctime(second)         # strftime() would heed the locale
-            reopen_log(self.config)                     # logrotate may have moved it
         self.total[0] += 1
         get, status, sent, head, headers = environ.get, (response.status or '500')[:3], 0, 0, 0
         if response.sent:
@@ -1009,6 +1012,13 @@ def remove_stale_socket(path):
             raise FileExistsError(f'another server listens there, {holder(probe)}; stop it, or choose another name')
 
 
+def name_of(where):
+    """An address of the kernel as an option has it: a path, @name, host:port or [v6]:port."""
+    if type(where) is tuple:
+        return f'[{where[0]}]:{where[1]}' if ':' in where[0] else f'{where[0]}:{where[1]}'
+    return os.fsdecode(where).replace('\0', '@')
+
+
 class Listener:
     """A listening socket. protocol: 'uwsgi' or 'http'.  fd, inode: of one that is inherited, and isn't bound again."""
 
@@ -1056,13 +1066,12 @@ class Listener:
         self.socket.bind(where)
 
     def find_name(self):
-        """Its name for the log and the environ, as the kernel knows it: a path, b'\\0name' or (host, port, ...)."""
+        """Its name for the log and the environ, as the kernel knows it."""
         where = self.socket.getsockname()
+        self.name, self.host, self.port = name_of(where), 'localhost', '80'
         if type(where) is not tuple:
-            self.name, self.host, self.port = os.fsdecode(where).replace('\0', '@'), 'localhost', '80'
             return
-        self.host, self.port = f'[{where[0]}]' if ':' in where[0] else where[0], str(where[1])
-        self.name = f'{self.host}:{self.port}'
+        self.host, self.port = self.name.rsplit(':', 1)
         if self.protocol == 'uwsgi' and not f'{where[0]}.'.startswith(('127.', '::1.')):
             log(f'warning: {self.name} believes whoever reaches it, as the uwsgi protocol has it (REMOTE_ADDR, '
                 'REMOTE_USER …): let a firewall admit the web server alone, or bind 127.0.0.1 or a path')
@@ -1703,7 +1712,8 @@ class Response:
 
     def __init__(self, config):
         self.timeout, self.job_timeout = config.socket_timeout, config.http_timeout
-        self.extra = ''.join(f'{header.strip()}\r\n' for header in config.add_header).encode('latin-1') + b'\r\n'
+        self.extra = ''.join(f'{header.strip()}\r\n' for header in config.add_header)
+        self.extra = self.extra.encode('utf-8', 'surrogateescape') + b'\r\n'          # as it stands in the file
         self.status = self.length = self.left = self.body = None
         self.ending = self.http = self.own = ''
         self.head = b''
@@ -1928,7 +1938,7 @@ def expiry(value):
         pattern, seconds = value.replace('=', ' ').rsplit(None, 1)
         if not re.search(r'[\\^$|(+]|\.\*', pattern):
             pattern = fnmatch.translate(pattern if pattern[:1] in '/*' else '*' + pattern)
-        return re.compile(pattern).search, int(seconds)
+        return re.compile(pattern).search, min(int(seconds), 1 << 31)
     except (ValueError, re.error):
         raise AppError(f'static-expires = {value}: PATTERN SECONDS is expected, such as *.css 3600') from None
 
@@ -1941,7 +1951,7 @@ def is_fresh(environ, tag, modified):
     from email.utils import parsedate_to_datetime
     try:
         return parsedate_to_datetime(modified) <= parsedate_to_datetime(environ['HTTP_IF_MODIFIED_SINCE'])
-    except (LookupError, TypeError, ValueError):        # there is none, or it isn't a date
+    except (LookupError, TypeError, ValueError, OverflowError):         # there is none, or it isn't a date
         return False
 
 
@@ -2120,12 +2130,12 @@ def worker_command(config):
     return None
 
 
-def become(command, sockets):
+def become(command, sockets, master):
     """Execute a command in the place of this process. The sockets are its descriptors 3, 4 and so on, as
     sd_listen_fds(3) has it, and the first of them is 0 too. Comes back only if that fails."""
     import ctypes
     import fcntl
-    if sys.platform == 'linux':
+    if master and sys.platform == 'linux':
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)      # PR_SET_PDEATHSIG: when the master dies, however it dies
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:    # Python ignores some: it is inherited
         signal.signal(number, signal.SIG_DFL)
@@ -2935,7 +2945,8 @@ class Worker:
         os.close(other_end)
         self.logging = not config.disable_logging or any((
             config.log_4xx, config.log_5xx, config.log_slow, config.log_zero, config.log_big))
-        self.request_log = Log(open_to_append(config.req_logger[-1])) if config.req_logger else main_log
+        path = config.req_logger[-1] if config.req_logger else None
+        self.request_log = Log(open_to_append(path), path) if path else main_log
         self.limit = self.most = math.inf               # requests until check_limits(), until we leave
         if config.max_requests:                         # not all workers at the same time
             delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
@@ -2988,7 +2999,7 @@ class Worker:
             signal.signal(number, signal.SIG_DFL if number == signal.SIGQUIT else lambda *_: None)
         for number in STOP_SIGNALS:
             signal.signal(number, self.on_stop)
-        signal.signal(signal.SIGUSR1, lambda *_: reopen_log(self.config))
+        signal.signal(signal.SIGUSR1, follow_logs)
         signal.signal(signal.SIGUSR2, self.tell_state)
         signal.signal(signal.SIGALRM, self.on_harakiri)
         for number in signal.SIGUSR2, signal.SIGALRM:   # the stacks come first, and even if Python hangs in C
@@ -3316,7 +3327,7 @@ class Stats:
     stats-http GET / (JSON), /metrics (Prometheus) and /health."""
 
     def __init__(self, master):
-        self.master = master
+        self.master, self.directory = master, os.getcwd()       # which may be removed while we run
         self.sockets = {one.socket.fileno(): one.socket for one in master.owned if one.protocol == 'stats'}
         self.listening = set(self.sockets)              # the others are clients that are to ask over HTTP
 
@@ -3372,7 +3383,7 @@ class Stats:
         queues = [(listener, *queue(listener)) for listener in self.master.listeners]
         waiting = sum(waiting for _, waiting, _ in queues)
         return json.dumps({
-            'version': __version__, 'pid': os.getpid(), 'uid': os.getuid(), 'gid': os.getgid(), 'cwd': os.getcwd(),
+            'version': __version__, 'pid': os.getpid(), 'uid': os.getuid(), 'gid': os.getgid(), 'cwd': self.directory,
             'listen_queue': waiting, 'load': waiting, 'listen_queue_errors': 0, 'signal_queue': 0, 'locks': [],
             'sockets': [{'name': listener.name, 'proto': listener.protocol, 'queue': waiting, 'max_queue': most,
                          'shared': 0, 'can_offload': 1} for listener, waiting, most in queues],
@@ -3387,7 +3398,7 @@ class Stats:
                                 ('rss_bytes', 'gauge', 'rss'), ('busy', 'gauge', 'serving')):
             lines.append(f'# TYPE minuwsgi_worker_{name} {kind}')
             lines += [f'minuwsgi_worker_{name}{{worker="{i}"}} {worker[key]}' for i, worker in workers.items()]
-        return '\n'.join([*lines, '']).encode()
+        return '\n'.join([*lines, '']).encode(errors='backslashreplace')
 
 
 def offer_uwsgi_module(config):
@@ -3398,7 +3409,8 @@ def offer_uwsgi_module(config):
     module, decorators, master = types.ModuleType('uwsgi'), types.ModuleType('uwsgidecorators'), os.getpid()
 
     def workers():
-        found = [state_of(rows) for rows in module.worker.all_rows if rows[0].numbers[PID]]
+        all_rows = module.worker.all_rows if module.worker else ()      # not yet
+        found = [state_of(rows) for rows in all_rows if rows[0].numbers[PID]]
         return tuple({**worker, 'status': worker['status'].encode()} for worker in found)
     vars(module).update({
         'worker': None, 'hooks': [], 'workers': workers, 'numproc': config.processes,
@@ -3535,9 +3547,9 @@ class Child:
 class Master:
     """The process that owns the sockets, and keeps the workers that there should be."""
 
-    def __init__(self, config, owned, application, start, signals, uwsgi, workers):
+    def __init__(self, config, owned, application, start, signals, uwsgi, workers, touched):
         self.config, self.owned, self.application, self.uwsgi = config, owned, application, uwsgi
-        self.start, self.signals = start, signals
+        self.start, self.signals, self.touched = start, signals, touched        # {file to be touched: its time}
         self.listeners = [one for one in owned if one.protocol in ('uwsgi', 'http')]
         self.stats, self.command = Stats(self), worker_command(config)
         self.children = {pid: Child(pid, *rest) for pid, *rest in workers}      # at first those from before a reload
@@ -3554,11 +3566,9 @@ class Master:
         self.cheap = 0 < config.cheaper < config.processes
         self.wanted = config.processes                  # how many workers there should be now
         if self.cheap:
-            self.wanted = min(max(config.cheaper, config.cheaper_initial), config.processes)
+            self.wanted = min(max(config.cheaper, config.cheaper_initial, len(workers)), config.processes)
         self.calm, self.last_busy, self.last_answered = 0, self.now, 0
-        self.touched = config.touch_reload + config.touch_chain_reload
-        self.mtimes = list(map(mtime, self.touched))
-        looks = self.touched or self.cheap or config.log_maxsize or config.idle \
+        looks = touched or self.cheap or config.log_maxsize or config.idle \
             or self.command and config.reload_on_rss or 'WATCHDOG_USEC' in start.environment
         self.next_look = 0.0 if looks else math.inf
 
@@ -3593,7 +3603,7 @@ class Master:
             self.reload_wanted = True
         elif number in (signal.SIGUSR1, signal.SIGUSR2):
             if number == signal.SIGUSR1:
-                reopen_log(self.config)
+                follow_logs()
             elif not ready_within(2, select.POLLOUT, 0):        # it is full, and would hold the workers
                 return
             for child in self.children.values():
@@ -3729,8 +3739,10 @@ class Master:
         """Tell a worker to stop, or that its request takes too long; kill the one that doesn't heed it."""
         config, why = self.config, 'stopping at once' if self.stopping > 1 else ''
         if child.told_at < math.inf:
-            os.kill(child.pid, signal.SIGTERM if self.stopping or child.foreign else signal.SIGHUP)
-            self.wake_at(self.now + 0.1)                # again and again: it may come just before an accept()
+            if child.told_at == self.now or not (child.foreign and config.worker_exec):
+                os.kill(child.pid, signal.SIGTERM if self.stopping or child.foreign else signal.SIGHUP)
+                self.wake_at(self.now + 0.1)                # again and again: it may come just before an accept(); but
+                                                        # an unknown program may take the second for "at once"
             heard = child.foreign or child.busy() or child.numbers[LEAVING] == 2
             mercy = config.worker_reload_mercy if heard else min(2, config.worker_reload_mercy)
             if self.due(child.told_at + mercy):
@@ -3754,11 +3766,10 @@ class Master:
     def look_round(self):
         config, self.next_look = self.config, self.now + 0.5
         self.wake_at(self.next_look)
-        mtimes = list(map(mtime, self.touched))
-        if mtimes != self.mtimes:
-            self.mtimes, self.reload_wanted = mtimes, True
-        if config.log_maxsize:
-            rotate_log(config)
+        before, self.touched = self.touched, {name: mtime(name) for name in self.touched}
+        self.reload_wanted |= self.touched != before
+        if config.log_maxsize and rotate_log(config):
+            self.on_signal(signal.SIGUSR1)
         self.notify('WATCHDOG=1')
         for child in self.serving() if self.command and config.reload_on_rss else ():
             rss = memory_of(child.pid)[1] >> 20         # a program doesn't look at it
@@ -3846,7 +3857,7 @@ class Master:
         signal.set_wakeup_fd(-1)
         name_process(self.config, f'worker {number}')
         if self.command:
-            become(self.command, [listener.socket for listener in self.listeners])
+            become(self.command, [listener.socket for listener in self.listeners], master)
             sys.exit(EXIT_NO_APP)
         worker = Worker(self.config, self.listeners, self.application, rows, self.total, number, master)
         worker.all_rows, self.uwsgi.worker = self.all_rows, worker
@@ -3883,7 +3894,7 @@ class Master:
         """Then the same process with new code. It inherits what we own and our children, see inherited_state()."""
         self.proof = None
         if code and not self.stopping:
-            return self.reload_failed('see above; the old code goes on serving')
+            return self.reload_failed(f'{self.cause(code)}, see above; the old code goes on serving')
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
         self.take_signals()                             # what came before would be lost
         if not self.stopping and not self.reload_wanted:        # else there is newer code to be proved
@@ -3965,7 +3976,7 @@ class Start:
             os.close(wait)
             os.setsid()
             os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-            return open_log(name)
+            return
         os.close(self.parent)
         if os.read(wait, 1):
             os._exit(0)
@@ -4054,29 +4065,6 @@ def enter_python(config, start):
 NO_SOCKET = 'no socket is named: set socket = PATH or http-socket = :8000'
 
 
-def check(config):
-    """Print each line of the configuration, then all that would stop a start. The exit code."""
-    offer_uwsgi_module(config)
-    show_config(config)
-    errors = list(config.errors)
-    trials = [(prepare, config), (owner, f'{config.uid or ""}:{config.gid or ""}'), (owner, config.chown_socket or '')]
-    trials += [(parse_address, address) for address in config.socket + config.uwsgi_socket + config.http_socket]
-    for trial, what in trials:
-        try:
-            trial(what)
-        except ConfigError as error:
-            errors.append(config.where(what) + str(error))
-    for path in config.pidfile, config.logto:
-        if path and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-            errors.append(f'{config.where(path)}{path}: there is no such directory')
-    if not config.socket + config.uwsgi_socket + config.http_socket and 'LISTEN_FDS' not in os.environ:
-        errors.append(NO_SOCKET)
-    for error in errors:
-        log(f'minuwsgi: {error}')
-    loaded = load_or_log(config) is not None
-    return EXIT_CONFIG if errors else 0 if loaded else EXIT_NO_APP
-
-
 class Pidfile:
     """The file with the master's pid, locked while the master lives: a stale one is no obstacle. It is
     owned, inherited and removed as a Listener is, and has its names: `socket` is the file."""
@@ -4102,34 +4090,45 @@ class Pidfile:
                 os.unlink(self.address)
 
 
+def anywhere(name):
+    """':80' for 0.0.0.0:80 and for [::]:80, which is both to the kernel."""
+    return name.removeprefix('0.0.0.0').removeprefix('[::]')
+
+
 def activated():
-    """{address: descriptor} of the sockets that systemd has bound for us, see sd_listen_fds(3)."""
+    """{name: descriptor} of the sockets that systemd has bound for us, see sd_listen_fds(3)."""
     found, pid, many = {}, os.environ.pop('LISTEN_PID', ''), os.environ.pop('LISTEN_FDS', '0')
     for fd in range(3, 3 + int(many)) if pid == str(os.getpid()) else ():
         with socket.socket(fileno=os.dup(fd)) as listener:
-            name = listener.getsockname()
-        found[name if type(name) is str else '%s:%d' % name[:2]] = fd
+            found[anywhere(name_of(listener.getsockname()))] = fd
     return found
 
 
-def bind(config, inherited, owned):
-    """Fill `owned` with what the options name, listeners and the pidfile; inherited: [(address, protocol, inode,
-    descriptor)] of what was owned before a reload."""
+def own(config, owned, address, protocol, inode=None, fd=None):
+    """Bind an address, or create the pidfile; or, with a descriptor, go on with what is there already."""
+    try:
+        owned.append((Pidfile if protocol == 'pidfile' else Listener)(address, protocol, config, fd, inode))
+    except ConfigError as error:
+        raise ConfigError(f'{config.where(address)}{error}') from None
+
+
+def bind(config, owned):
+    """Own what the options name, listeners and the pidfile, and nothing else."""
     names = [(address, protocol) for protocol, addresses in (
         (config.protocol, config.socket), ('uwsgi', config.uwsgi_socket), ('http', config.http_socket),
         ('stats', [config.master and config.stats]), ('pidfile', [config.pidfile])) for address in addresses if address]
     given = activated()
-    wanted = {(address, protocol): (None, given.pop('0.0.0.0' + address if address[:1] == ':' else address, None))
-              for address, protocol in names}
-    wanted.update({(f'fd://{fd}', config.protocol): (None, fd) for fd in given.values()})       # only systemd names it
-    before = {(address, protocol): rest for address, protocol, *rest in inherited}
-    for (address, protocol), (inode, fd) in {**before, **wanted, **before}.items():     # first what must not get lost
-        try:
-            owned.append((Pidfile if protocol == 'pidfile' else Listener)(address, protocol, config, fd, inode))
-        except ConfigError as error:
-            raise ConfigError(f'{config.where(address)}{error}') from None
+    wanted = {name: given.pop(anywhere(name[0]), None) for name in names}
+    wanted.update({(f'fd://{fd}', config.protocol): fd for fd in given.values() if f'fd://{fd}' not in dict(names)})
+    before = {(one.address, one.protocol) for one in owned}
+    for name, fd in wanted.items():
+        if name not in before:
+            own(config, owned, *name, fd=fd)
+    kept = {one.socket.fileno() for one in owned if (one.address, one.protocol) in wanted}
     for one in [one for one in owned if (one.address, one.protocol) not in wanted]:
         one.vacuum()
+        if one.socket.fileno() in kept:                 # systemd's, which has another name or protocol now
+            one.socket.detach()
         one.socket.close()
         owned.remove(one)
     if not any(one.protocol in ('uwsgi', 'http') for one in owned):
@@ -4167,6 +4166,30 @@ def drop_privileges(config):
         raise ConfigError('uid: the privileges of root could not be dropped')
 
 
+def check(config):
+    """Print each line of the configuration, then all that would stop a start. The exit code."""
+    offer_uwsgi_module(config)
+    show_config(config)
+    errors, sockets = list(config.errors), config.socket + config.uwsgi_socket + config.http_socket
+    for path in config.pidfile, config.logto, *config.req_logger:
+        if path and not os.path.isdir(os.path.dirname(path)):
+            errors.append(f'{config.where(path)}{path}: there is no such directory')
+    trials = [(prepare, config), (owner, config.chown_socket or '')]
+    trials += [(parse_address, address) for address in (*sockets, config.stats) if address]
+    trials += [(drop_privileges, config)] if config.uid or config.gid else []
+    for trial, what in trials:
+        try:
+            trial(what)
+        except ConfigError as error:
+            errors.append(config.where(what) + str(error))
+    if not sockets and 'LISTEN_FDS' not in os.environ:
+        errors.append(NO_SOCKET)
+    for error in errors:
+        log(f'minuwsgi: {error}')
+    loaded = load_or_log(config) is not None
+    return finish_process(1, EXIT_CONFIG if errors else 0 if loaded else EXIT_NO_APP)
+
+
 def inherited_state():
     """(were we reloaded, what the image before owned, its workers), see Master.after_proof()."""
     text = os.environ.pop(RELOADED, None)
@@ -4185,14 +4208,14 @@ def open_logs(config, start, reloaded):
         os.environ.pop(name, None)
     if config.log_date is not None:
         log_date[:] = [config.log_date if '%' in config.log_date else '%a %b %d %H:%M:%S %Y']
-    if reloaded:                                        # by now it may not be ours to open
-        reopen_log(config)
-    elif config.daemonize:
+    if config.daemonize and not reloaded:
         start.daemonize(config.logto)
-    elif config.logto:
-        open_log(config.logto)
-    sys.stdout = io.TextIOWrapper(Log(1), 'utf-8', 'backslashreplace', line_buffering=True)
+    if config.logto and not reloaded:                   # after a reload it may not be ours to open
+        os.close(open_to_append(config.logto))
+    main_log.path = config.logto
+    sys.stdout = io.TextIOWrapper(Log(1, config.logto), 'utf-8', 'backslashreplace', line_buffering=True)
     sys.stderr = io.TextIOWrapper(main_log, 'utf-8', 'backslashreplace', line_buffering=True)
+    follow_logs()
     for name in config.req_logger if not reloaded else ():
         fresh, fd = not os.path.lexists(name), open_to_append(name)
         if fresh and not os.getuid():
@@ -4206,24 +4229,30 @@ def open_logs(config, start, reloaded):
 def start_and_run(config, start, owned):
     """The steps of a start in their order; `owned` gathers what has to be removed at the end. The exit code."""
     reloaded, inherited, workers = inherited_state()
-    config.pidfile = config.pidfile and os.path.abspath(config.pidfile)         # before chdir, as in uWSGI
     open_logs(config, start, reloaded)
     signals, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     catch_signals(wake, starting=not reloaded)          # after a reload there are workers to be stopped in order
     uwsgi, lazy = offer_uwsgi_module(config), config.lazy_apps and (config.master or reloaded)
     application, code = None, EXIT_CONFIG
     try:
+        for one in inherited:                           # first what must not get lost, whatever fails
+            own(config, owned, *one)
+        if config.errors:
+            raise ConfigError('\n'.join(config.errors))
         prepare(config)
-        bind(config, inherited, owned)
+        bind(config, owned)
         drop_privileges(config)
-        application = None if lazy else load_or_log(config)
-        code = EXIT_NO_APP if application is None and not lazy else 0
+        code = 0
     except ConfigError as error:
         log(f'minuwsgi: {error}')
+    touched = {name: mtime(name) for name in config.touch_reload + config.touch_chain_reload}   # before we load
+    if not (code or lazy):
+        application = load_or_log(config)
+        code = EXIT_NO_APP if application is None else 0
     if code and not reloaded:
         return code
     catch_signals(wake)
-    master = Master(config, owned, application, start, signals, uwsgi, workers)
+    master = Master(config, owned, application, start, signals, uwsgi, workers, touched)
     if code:
         master.not_before = math.inf
         master.reload_failed('see above; the old workers go on serving, none can be replaced until the next reload')
@@ -4262,7 +4291,7 @@ def send_signal(what, name='PIDFILE'):
 
 def configure_and_serve(arguments):
     start, config = Start(arguments), Config(arguments)
-    if config.show_config:
+    if config.show_config and config.setters[BY_NAME['show-config']].where == COMMAND_LINE:
         return show_config(config)
     try:
         enter_python(config, start)
@@ -4270,9 +4299,11 @@ def configure_and_serve(arguments):
         config.errors.append(str(error))
     if config.check:
         return check(config)
+    if config.show_config:                              # in the file, as with uWSGI: the start goes on
+        show_config(config)
     for warning in config.warnings:
         log(warning)
-    if config.errors:
+    if config.errors and RELOADED not in os.environ:    # there are workers to be kept
         raise ConfigError('\n'.join(config.errors))
     return serve(config, start)
 
