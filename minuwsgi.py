@@ -1809,8 +1809,10 @@ class Response:
 
     def send_small(self, body):
         """Send head and whole body (bytes) by one write(); the job that is left, or None."""
+        if self.length is None and self.http:
+            self.left = len(body)                       # HTTP needs it
         data = self.take_head() + body
-        self.size, self.left = self.length, 0
+        self.size, self.left = len(body), 0
         if len(data) > SMALL:                           # because of the head
             self.unblock()
         try:
@@ -2683,8 +2685,8 @@ class Core:
                                                   memory[end:got])
 
                 result = application(environ, start_response)
-                if type(result) is list and len(result) == 1 and response.length == len(result[0]) < SMALL \
-                        and type(result[0]) is bytes and not response.sent:
+                if type(result) is list and len(result) == 1 and type(result[0]) is bytes and not response.sent \
+                        and response.length in (len(result[0]), None) and len(result[0]) < SMALL:
                     job = response.send_small(result[0])
                 else:
                     job = response.finish(result)
