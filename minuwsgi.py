@@ -4,9 +4,9 @@
     python3 -m minuwsgi example.ini             the same from its bytecode: starts faster, takes less memory
     python3 minuwsgi.py --check site.ini        look for all that would stop a start
 
-The parts, from the leaves to main(); each uses only what stands above it, but that Core and Worker know each other.
-Who has an hour and wants to know how a preforking server works reads those with a *, without Expected and Body, and
-the openings of the others.
+The parts, from the leaves to main(); each uses only what stands above it, but that Core and Worker, and Stats
+and Master, know each other. Who has an hour and wants to know how a preforking server works reads those with a
+*, without Expected and Body, and the openings of the others.
 
      1   Options and the INI dialect    settings from files and the command line become a Config
      2   Waiting, and the log           RWF_NOWAIT; one line, one write; a log that nobody reads holds nobody up
@@ -43,9 +43,9 @@ its listener, makes the next accept() fail. For a reload a child tries the new c
 executes itself anew (after_proof), inherits sockets and old workers (inherited_state), and replaces the workers.
 
 Who owns what. The master: sockets and their files, the pidfile, the workers' lifelines. A worker: the
-connection it accepted, until it closes it or gives it to an Offloader, which closes it when the job is
-done, or parks it if HTTP keeps it; a job closes only the file that it sends. The application: what it
-opened, and close() of its result is always called.
+connection it accepted, until it closes it or gives it to an Offloader, which calls done() (see let_go) at
+the end of the job: that closes it, or parks it if HTTP keeps it. A job closes only the file that it sends.
+The application: what it opened, and close() of its result is always called.
 """
 import collections
 import contextlib
@@ -119,8 +119,8 @@ chown-socket | word | | owner of unix sockets: user or user:group
 umask | octal | | umask of the server and the application
 listen -l | positive | 1024 | how many connections may wait
 vacuum | flag | false | remove unix sockets and the pidfile at the end
-socket-timeout -z | positive | 4 | seconds without progress until a client is given up
-http-timeout | positive | 60 | seconds that an idle or slow client may take where no worker waits
+socket-timeout -z | positive | 4 | seconds for the head of a request, and for a client that makes no progress
+http-timeout | positive | 60 | seconds for an idle client, or one that reads slowly while no worker waits
 limit-post | number | 0 | the largest request body in bytes (0: any)
 trust-proxy | network+ | | believe X-Forwarded-For and -Proto from this address, or network 10.0.0.0/8
 add-header | text+ | | a header for every response: Name: value
@@ -695,7 +695,7 @@ def usage():
 # ---------------------------------------------------------------------------------------------
 # 2. Waiting, and the log
 #
-# Nobody waits here without a bound: it is poll(2) with a time, or RWF_NOWAIT, which saves even that.
+# No client is waited for without a bound: it is poll(2) with a time, or RWF_NOWAIT, which saves even that.
 #
 # Everything that is logged goes to descriptor 2, which `logto` puts on a file. One line is one
 # os.write(), so that the lines of many processes don't mix. A log that can't be written (disk full,
@@ -1120,7 +1120,7 @@ def pack_request(variables, modifier1=WSGI):
 
 def unpack_vars(block):
     """The block of a packet (bytes) -> [(name, value), ...] (str). This is the protocol in short; the
-    worker uses Expected, which gives the same and is faster."""
+    worker uses Expected, which is faster, and checks more."""
     text, at, end, found = block.decode('latin-1'), 0, len(block), []
     while at < end:
         pair = []
@@ -1703,9 +1703,10 @@ def server_headers(second):
 class Response:
     """One response after the other. start_response() takes the head; write() and finish() send.
 
-    length: promised by the application, None: unknown, -1: there is no body.  left: of it.  size: of the body, sent.
-    sent: is the head on its way?  http: '' or the version; then: keep, chunked, body (that of the request), and own,
-    the special headers that the application gave.  ending: 'cut' the connection, or 'drain' what comes."""
+    length: promised by the application, None: unknown, -1: there is no body.  left: what is still to be sent of it.
+    size: bytes of the body that were sent.  sent: is the head on its way?  ending: 'cut' the connection, or 'drain'
+    what comes.  http: '' or the version.  Of HTTP alone: keep the connection, chunked, body (that of the request), own
+    (the names of Date and Server if the application gave them, run together)."""
 
     __slots__ = ('fd', 'timeout', 'job_timeout', 'extra', 'status', 'head', 'headers', 'length', 'left', 'size', 'sent',
                  'head_only', 'blocking', 'ending', 'http', 'keep', 'chunked', 'body', 'own')
@@ -1810,7 +1811,7 @@ class Response:
     def send_small(self, body):
         """Send head and whole body (bytes) by one write(); the job that is left, or None."""
         if self.length is None and self.http:
-            self.left = len(body)                       # HTTP needs it
+            self.left = len(body)                       # HTTP sends it as Content-Length
         data = self.take_head() + body
         self.size, self.left = len(body), 0
         if len(data) > SMALL:                           # because of the head
@@ -2382,14 +2383,15 @@ class Offloader:
 # Core.wait() stands in for accept(): it watches listeners and kept HTTP connections at once, so that
 # those that are silent or slow hold nobody.
 #
-# Whoever owns the descriptor of a connection closes it: that is the core, until let_go() gives it to an
-# Offloader or parks it. A job closes only the file that it sends.
+# Whoever owns the descriptor of a connection closes it: that is the core, until let_go() parks it, or gives it
+# to an Offloader with the function that closes or parks it when the job is done.
 
 # A row of the scoreboard, one for each core, in shared memory: the last packet, then these numbers.
-# READY: 1, or from when on it counts as ready. STARTED: when its request began, 0: idle. BUSY: seconds in all.
+# READY: 1, or from when on it counts as ready. STARTED: when its request began, later by what its client took; 0: there
+# is none, or its head is still coming. BUSY: seconds in all.
 # LEAVING: 1 wants a successor, 2 has heard that it must stop.
 PID, NUMBER, READY, STARTED, REQUESTS, ERRORS, BUSY, LEAVING = range(8)
-NUMBERS = PACKET_MAX + 261              # for a bad packet Expected.rest() looks up to 258 bytes beyond its end
+NUMBERS = PACKET_MAX + 261              # where they begin: Expected.rest() looks up to 258 bytes beyond a bad packet
 ROW_SIZE = NUMBERS + 8 * 8
 
 
@@ -2453,7 +2455,7 @@ class Connection:
 
 
 def hung_up(fd):
-    """Has the client closed its connection? One that only ended its sending side hasn't: POLLHUP is for both."""
+    """Has the client closed its connection? POLLHUP comes when both sides have ended, not when only its sending has."""
     return ready_within(fd, 0, 0)
 
 
@@ -2565,7 +2567,7 @@ class KeptConnections:
             if now > self.closing_at:                   # who has begun a head may end it, and its event may yet come
                 self.close(lambda one: not one.data and not ready_within(one.fd, select.POLLIN, 0))
             if not (self.parked or self.undrained or jobs):
-                raise OSError(errno.ENOTSOCK, 'told to stop')
+                raise OSError(errno.ENOTSOCK, 'told to stop')           # as accept() does at a dead end
         if now >= self.next_look:
             self.next_look = now + 1
             self.close(lambda connection: connection.deadline < now)
@@ -2654,6 +2656,7 @@ class Core:
                         got, size = self.receive(fd, got)
                     end = size + 4
 
+                    # Now environ.update(unpack_vars(block)), guessed: see Expected, or go on at `result`.
                     text = memory[:end].decode('latin-1')
                     simple = text[4:start_end] == start and not memory[0]       # a GET without a query, as expected
                     if simple:
@@ -2692,7 +2695,7 @@ class Core:
                     job = response.finish(result)
             except BaseException as error:
                 self.failed(error)
-            numbers[STARTED] = 0.0                      # harakiri is for the application, not for what follows
+            numbers[STARTED] = 0.0                      # harakiri isn't for what follows; it is for write() above
             if job is None and body is None and not response.ending and not response.http:
                 close(fd)
             else:
@@ -2795,9 +2798,10 @@ class Core:
                 connection.data = body.behind()
         if response.keep:
             done = functools.partial(self.kept.take_back, connection)
-        elif response.http and connection.data:         # nobody will take them
+        elif response.http and connection.data:         # further requests, which nobody will read
             ending = ending or 'drain'
-        if ending == 'drain' or ending != 'cut' and body is not None and body.left:
+        unread = body is not None and body.left
+        if ending == 'drain' or (unread and ending != 'cut'):
             try:
                 job, done = run_a_while(fd, then_drain(fd, job or ())), close_after
             except OSError:                             # it has gone
@@ -2808,7 +2812,7 @@ class Core:
             return done(fd, True)
         if response.http:
             self.kept.lend(connection)
-        return self.worker.offloader.take(fd, job, done)
+        return self.worker.next_offloader().take(fd, job, done)
 
     # -- several listeners, HTTP, threads
 
@@ -2919,7 +2923,8 @@ class Core:
 # of a closed pipe in the place of the listening descriptor (dup2): the accept() that was
 # interrupted is tried again by Python (PEP 475) and fails; a connection that came before is served.
 # A signal between Python's check and the system call would go unnoticed until the next connection,
-# which is why the master repeats it. (The SIGIO for its own death comes once: missed, it costs one more request.)
+# which is why the master repeats it. (SIGIO, by which the kernel tells of the master's death, comes once:
+# a worker that misses it serves one more request.)
 # Core.wait() is woken by a pipe instead, and KeptConnections.look_at_time() ends it.
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGHUP, signal.SIGIO      # for a worker
@@ -2957,9 +2962,7 @@ class Worker:
         if config.reload_on_rss or config.reload_on_as:
             self.limit = 0
 
-    @property
-    def offloader(self):
-        """One after the other."""
+    def next_offloader(self):
         return self.offloaders[next(self.turn) % len(self.offloaders)]
 
     def has_jobs(self):
@@ -3061,7 +3064,7 @@ class Worker:
         if drain:
             with contextlib.suppress(OSError):          # there may be no descriptor left for it
                 self.waiting = listener.socket.dup()
-                self.waiting.setblocking(False)         # for all that share it: they stop too
+                self.waiting.setblocking(False)         # for all that share it: they stop too, or see must_stop()
         os.dup2(self.dead_end, fd, inheritable=False)
 
     def before_fork(self, cores):
@@ -3450,7 +3453,8 @@ class Stopped(BaseException):
 
 
 def catch_signals(pipe, starting=False):
-    """Called again when the application is loaded, which may have changed all this (asyncio does)."""
+    """Let each signal become a byte in the pipe. Called again when the application is loaded, which may have
+    changed all this (asyncio does)."""
     def handler(number, _):
         if starting and number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
             raise Stopped
@@ -3709,7 +3713,7 @@ class Master:
 
     def replace_workers(self):
         """Spawn what is missing, and one after the other a successor for each worker that must go."""
-        quiet = self.not_before < math.inf and all(map(self.is_ready, self.children.values()))
+        nobody_starts = self.not_before < math.inf and all(map(self.is_ready, self.children.values()))
         places = collections.defaultdict(list)
         for child in self.serving():
             places[child.number].append(child)
@@ -3719,13 +3723,13 @@ class Master:
                 child.mark('max-worker-lifetime')
         for number in range(1, self.wanted + 1):
             there = places[number]
-            if all(child.is_marked() for child in there) and (quiet or not there) and self.due(self.not_before):
+            if all(child.is_marked() for child in there) and (nobody_starts or not there) and self.due(self.not_before):
                 self.spawn(number)
-                quiet = False
+                nobody_starts = False                   # one at a time
         for child in self.serving():
             succeeded = any(other.born > child.born and self.is_ready(other) for other in places[child.number])
-            if child.is_marked() and succeeded or child.number > self.wanted and quiet:
-                child.told_at = self.now                # keep_time() sends the signal
+            if child.is_marked() and succeeded or child.number > self.wanted and nobody_starts:
+                child.told_at = self.now                # overdue_end() sends the signal
 
     def announce(self):
         """Once: all workers are ready."""
@@ -3738,30 +3742,39 @@ class Master:
             self.start.tell_parent()
 
     def keep_time(self, child):
-        """Tell a worker to stop, or that its request takes too long; kill the one that doesn't heed it."""
-        config, why = self.config, 'stopping at once' if self.stopping > 1 else ''
-        if child.told_at < math.inf:
-            if child.told_at == self.now or not (child.foreign and config.worker_exec):
-                os.kill(child.pid, signal.SIGTERM if self.stopping or child.foreign else signal.SIGHUP)
-                self.wake_at(self.now + 0.1)                # again and again: it may come just before an accept(); but
-                                                        # an unknown program may take the second for "at once"
-            heard = child.foreign or child.busy() or child.numbers[LEAVING] == 2
-            mercy = config.worker_reload_mercy if heard else min(2, config.worker_reload_mercy)
-            if self.due(child.told_at + mercy):
-                why = why or f'it had {mercy} s to finish' + (
-                    '' if heard else ', and is idle: did the application set a handler of its own?')
-        began = min((began for began, _ in child.busy()), default=math.inf)
-        if config.harakiri and self.due(min(began, self.now) + config.harakiri):
-            if began != child.alarm[0]:                 # it has a second to tell where it is
-                os.kill(child.pid, signal.SIGALRM)
-                child.alarm = began, self.now
-                self.harakiris[child.number] += 1
-            if self.due(child.alarm[1] + config.harakiri_graceful_timeout):
-                why = why or f'harakiri = {config.harakiri}'
+        """Tell a worker what it has to do; kill the one that doesn't heed it."""
+        why = 'stopping at once' if self.stopping > 1 else self.overdue_end(child) or self.overdue_request(child)
         if why:
             log(f'{child} is killed: {why}' + child.doing(', at '))
             child.killed, child.told_at = True, min(child.told_at, self.now)
             os.kill(child.pid, signal.SIGKILL)
+
+    def overdue_end(self, child):
+        """Tell a worker to stop, if it has to. Why it must be killed, else ''."""
+        config = self.config
+        if child.told_at == math.inf:
+            return ''
+        if child.told_at == self.now or not (child.foreign and config.worker_exec):
+            os.kill(child.pid, signal.SIGTERM if self.stopping or child.foreign else signal.SIGHUP)
+            self.wake_at(self.now + 0.1)                # again and again: it may come just before an accept(); but an
+                                                        # unknown program may take the second for "at once"
+        heard = child.foreign or child.busy() or child.numbers[LEAVING] == 2
+        mercy = config.worker_reload_mercy if heard else min(2, config.worker_reload_mercy)
+        if not self.due(child.told_at + mercy):
+            return ''
+        return f'it had {mercy} s to finish' + (
+            '' if heard else ', and is idle: did the application set a handler of its own?')
+
+    def overdue_request(self, child):
+        """harakiri: tell a worker that its request takes too long. Why it must be killed, else ''."""
+        config, began = self.config, min((began for began, _ in child.busy()), default=self.now)
+        if not (config.harakiri and self.due(began + config.harakiri)):
+            return ''                                   # idle: look again when a request from now on would be
+        if began != child.alarm[0]:                     # once; then it has harakiri-graceful-timeout
+            os.kill(child.pid, signal.SIGALRM)
+            child.alarm = began, self.now
+            self.harakiris[child.number] += 1
+        return f'harakiri = {config.harakiri}' if self.due(child.alarm[1] + config.harakiri_graceful_timeout) else ''
 
     # -- every half second, if an option needs it
 
@@ -3830,7 +3843,7 @@ class Master:
         if pid:
             self.children[pid] = child = Child(pid, number, self.now, bool(self.command), math.inf, hold, rows)
             self.spawned[number] += 1
-            self.is_ready(child)                        # or asked again when it is
+            self.is_ready(child)                        # a program is so after a while: wake up then
 
     def live_as_worker(self, number, rows, lifeline, hold, master):
         """In the child: let go of what is the master's, work, end."""
@@ -3843,7 +3856,7 @@ class Master:
             for one in not_ours + list(self.stats.sockets.values()):
                 one.close()
             fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
-            fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)
+            fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
             if os.getppid() == master:                  # else it died before the lifeline was set
                 self.work(number, rows, master)
             status = finish_process(self.config.worker_reload_mercy, 0)
