@@ -3580,8 +3580,9 @@ class TestHotPath:
     """What a request costs."""
 
     @pytest.mark.skipif(not shutil.which('strace'), reason='strace is not there')
-    def test_a_small_request_takes_four_system_calls(self, start, tmp):
-        server = start(ini='disable-logging = true')
+    @pytest.mark.parametrize('app', [HELLO, HELLO.replace(", ('Content-Length', '6')", '')], ids=['length', 'none'])
+    def test_a_small_request_takes_four_system_calls(self, start, tmp, app):
+        server = start(app, 'disable-logging = true')
         for _ in range(3):                              # it learns what the packets look like
             server.ask()
         worker, = server.workers()
