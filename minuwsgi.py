@@ -774,17 +774,20 @@ class Log(io.FileIO):
     def look(self):
         """What is behind the descriptor now? Only a file never makes us wait."""
         self.put = os.write if os.path.isfile(self.fd) else write_now
+        self.behind = os.fstat(self.fd)
 
     def follow(self):
         """Go on in the file that has the log's name now, after somebody (logrotate) moved the old one."""
         self.looked = time.monotonic()
         try:
-            if self.path and not (os.path.exists(self.path) and os.path.samefile(self.path, self.fd)):
+            if self.path and os.path.samestat(os.fstat(self.fd), self.behind) \
+                    and not (os.path.exists(self.path) and os.path.samefile(self.path, self.fd)):
                 new = open_to_append(self.path)
                 os.dup2(new, self.fd, inheritable=self.fd < 3)
                 os.close(new)
                 self.look()
         except (ConfigError, OSError) as error:         # the old file goes on
+            self.looked += 60                           # no such line each second
             self.write(f'log: {error}\n'.encode('utf-8', 'backslashreplace'))
 
     def write(self, line):
@@ -957,6 +960,8 @@ def owner(names):
     try:
         uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid if user else -1
         gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid if group else -1
+        if max(uid, gid) > 0xfffffffe:
+            raise KeyError
     except KeyError:
         raise ConfigError(f"{names.strip(':')}: there is no such user or group") from None
     return uid, gid
@@ -981,6 +986,8 @@ def parse_address(address):
         why = f'{port!r} is no port (0 to 65535); write host:port or :port'
     elif not os.path.isdir(os.path.dirname(path)):
         why = f'there is no directory {os.path.dirname(path)}'
+    elif len(os.fsencode(path)) > 107:
+        why = 'the name is too long, 107 bytes are the most'
     else:
         return 'unix', path
     raise ConfigError(f"can't bind {address}: {why}")
@@ -2953,7 +2960,11 @@ class Worker:
         self.logging = not config.disable_logging or any((
             config.log_4xx, config.log_5xx, config.log_slow, config.log_zero, config.log_big))
         path = config.req_logger[-1] if config.req_logger else None
-        self.request_log = Log(open_to_append(path), path) if path else main_log
+        self.request_log = main_log
+        try:
+            self.request_log = Log(open_to_append(path), path) if path else main_log
+        except ConfigError as error:                    # it was moved away, and a new one isn't ours to make
+            log(f'req-logger: {error}; the lines go to the other log')
         self.limit = self.most = math.inf               # requests until check_limits(), until we leave
         if config.max_requests:                         # not all workers at the same time
             delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
@@ -3513,7 +3524,7 @@ class Child:
 
     def __init__(self, pid, number, born, foreign, told_at, hold, rows=None):
         self.pid, self.number, self.born = pid, number, born
-        self.foreign = foreign                          # of another language
+        self.foreign = foreign                          # of another language: 'unknown' by worker-exec, or 'known'
         self.told_at, self.killed = told_at, False      # when it was told to stop, or inf
         self.hold = hold                                # the end of its lifeline that is ours, see spawn()
         self.alarm = 0.0, 0.0                           # harakiri: when the request began, and when it was told
@@ -3754,7 +3765,7 @@ class Master:
         config = self.config
         if child.told_at == math.inf:
             return ''
-        if child.told_at == self.now or not (child.foreign and config.worker_exec):
+        if child.told_at == self.now or child.foreign != 'unknown':
             os.kill(child.pid, signal.SIGTERM if self.stopping or child.foreign else signal.SIGHUP)
             self.wake_at(self.now + 0.1)                # again and again: it may come just before an accept(); but an
                                                         # unknown program may take the second for "at once"
@@ -3841,7 +3852,8 @@ class Master:
         for fd in pipe[:1] if pid else pipe:
             os.close(fd)
         if pid:
-            self.children[pid] = child = Child(pid, number, self.now, bool(self.command), math.inf, hold, rows)
+            foreign = self.command and ('unknown' if self.config.worker_exec else 'known')
+            self.children[pid] = child = Child(pid, number, self.now, foreign, math.inf, hold, rows)
             self.spawned[number] += 1
             self.is_ready(child)                        # a program is so after a while: wake up then
 
@@ -3930,13 +3942,15 @@ class Master:
             here = os.open('.', os.O_RDONLY)
             os.fchdir(self.start.directory)
             try:
+                os.getcwd()                             # fails if the directory was removed: the new image would, too
                 return how(sys.executable, self.start.command + arguments, {**self.start.environment, **environment},
                            **options)
             finally:
                 os.fchdir(here)
                 os.close(here)
         except OSError as error:
-            self.reload_failed(f'{sys.executable}: {error.strerror}; the old code goes on serving')
+            what = error.filename or 'the directory of the start'
+            self.reload_failed(f'{what}: {error.strerror}; the old code goes on serving')
 
     def reload_failed(self, why):
         log(f'reload: failed, {why}')
@@ -4041,7 +4055,10 @@ def prepare(config):
         os.umask(config.umask)
     for item in config.env:
         name, _, value = item.partition('=')
-        os.environ[name.strip()] = value.strip()
+        try:
+            os.environ[name.strip()] = value.strip()
+        except (OSError, ValueError):
+            raise ConfigError(f'{config.where(item)}env = {item}: NAME=value is expected') from None
     for kind, limit in (resource.RLIMIT_NOFILE, config.max_fd), (resource.RLIMIT_AS, config.limit_as << 20):
         hard = resource.getrlimit(kind)[1]
         try:
@@ -4105,9 +4122,10 @@ class Pidfile:
                 os.unlink(self.address)
 
 
-def anywhere(name):
-    """':80' for 0.0.0.0:80 and for [::]:80, which is both to the kernel."""
-    return name.removeprefix('0.0.0.0').removeprefix('[::]')
+def known_as(name):
+    """The names of a socket that an option may mean: [::]:80 is 0.0.0.0:80 too to the kernel, if not told otherwise."""
+    port = name.removeprefix('0.0.0.0').removeprefix('[::]')
+    return name, '0.0.0.0' + port, '[::]' + port
 
 
 def activated():
@@ -4115,7 +4133,7 @@ def activated():
     found, pid, many = {}, os.environ.pop('LISTEN_PID', ''), os.environ.pop('LISTEN_FDS', '0')
     for fd in range(3, 3 + int(many)) if pid == str(os.getpid()) else ():
         with socket.socket(fileno=os.dup(fd)) as listener:
-            found[anywhere(name_of(listener.getsockname()))] = fd
+            found[name_of(listener.getsockname())] = fd
     return found
 
 
@@ -4128,30 +4146,37 @@ def own(config, owned, address, protocol, inode=None, fd=None):
 
 
 def bind(config, owned):
-    """Own what the options name, listeners and the pidfile, and nothing else."""
+    """Own what the options name, listeners and the pidfile. What they name no more, for disown()."""
     names = [(address, protocol) for protocol, addresses in (
         (config.protocol, config.socket), ('uwsgi', config.uwsgi_socket), ('http', config.http_socket),
         ('stats', [config.master and config.stats]), ('pidfile', [config.pidfile])) for address in addresses if address]
     given = activated()
-    wanted = {name: given.pop(anywhere(name[0]), None) for name in names}
+    wanted = {name: next((given.pop(one) for one in known_as(name[0]) if one in given), None) for name in names}
     wanted.update({(f'fd://{fd}', config.protocol): fd for fd in given.values() if f'fd://{fd}' not in dict(names)})
     before = {(one.address, one.protocol) for one in owned}
     for name, fd in wanted.items():
         if name not in before:
             own(config, owned, *name, fd=fd)
-    kept = {one.socket.fileno() for one in owned if (one.address, one.protocol) in wanted}
-    for one in [one for one in owned if (one.address, one.protocol) not in wanted]:
+    unwanted = [one for one in owned if (one.address, one.protocol) not in wanted]
+    if not any(protocol in ('uwsgi', 'http') for _, protocol in wanted):
+        raise ConfigError(NO_SOCKET)
+    log('listening on ' + ', '.join(f'{one.name} ({one.protocol})' for one in owned
+                                    if one.protocol != 'pidfile' and one not in unwanted))
+    if config.listen > LISTEN_MAX:
+        log(f'listen = {config.listen}: the kernel allows {LISTEN_MAX}; '
+            f'for more: sysctl net.core.somaxconn={config.listen}')
+    return unwanted
+
+
+def disown(owned, unwanted):
+    """Not before the new code is loaded: the old workers may have to serve on."""
+    kept = {one.socket.fileno() for one in owned if one not in unwanted}
+    for one in unwanted:
         one.vacuum()
         if one.socket.fileno() in kept:                 # systemd's, which has another name or protocol now
             one.socket.detach()
         one.socket.close()
         owned.remove(one)
-    if not any(one.protocol in ('uwsgi', 'http') for one in owned):
-        raise ConfigError(NO_SOCKET)
-    log('listening on ' + ', '.join(f'{one.name} ({one.protocol})' for one in owned if one.protocol != 'pidfile'))
-    if config.listen > LISTEN_MAX:
-        log(f'listen = {config.listen}: the kernel allows {LISTEN_MAX}; '
-            f'for more: sysctl net.core.somaxconn={config.listen}')
 
 
 def drop_privileges(config):
@@ -4226,7 +4251,11 @@ def open_logs(config, start, reloaded):
     if config.daemonize and not reloaded:
         start.daemonize(config.logto)
     if config.logto and not reloaded:                   # after a reload it may not be ours to open
-        os.close(open_to_append(config.logto))
+        fd = open_to_append(config.logto)
+        os.dup2(fd, 1)                                  # even if it is that file already: perhaps not to its end
+        os.dup2(fd, 2)
+        os.close(fd)
+        main_log.look()
     main_log.path = config.logto
     sys.stdout = io.TextIOWrapper(Log(1, config.logto), 'utf-8', 'backslashreplace', line_buffering=True)
     sys.stderr = io.TextIOWrapper(main_log, 'utf-8', 'backslashreplace', line_buffering=True)
@@ -4255,16 +4284,22 @@ def start_and_run(config, start, owned):
         if config.errors:
             raise ConfigError('\n'.join(config.errors))
         prepare(config)
-        bind(config, owned)
+        unwanted = bind(config, owned)
         drop_privileges(config)
         code = 0
     except ConfigError as error:
         log(f'minuwsgi: {error}')
+    except Exception:
+        if not reloaded:
+            raise
+        log_exception('minuwsgi: the start failed')     # there are workers to be kept
     touched = {name: mtime(name) for name in config.touch_reload + config.touch_chain_reload}   # before we load
     if not (code or lazy):
         application = load_or_log(config)
         code = EXIT_NO_APP if application is None else 0
-    if code and not reloaded:
+    if not code:
+        disown(owned, unwanted)
+    elif not reloaded:
         return code
     catch_signals(wake)
     master = Master(config, owned, application, start, signals, uwsgi, workers, touched)
