@@ -987,7 +987,7 @@ def parse_address(address):
     elif not os.path.isdir(os.path.dirname(path)):
         why = f'there is no directory {os.path.dirname(path)}'
     elif len(os.fsencode(path)) > 107:
-        why = 'the name is too long, 107 bytes are the most'
+        why = 'path too long: 107 bytes are the most'
     else:
         return 'unix', path
     raise ConfigError(f"can't bind {address}: {why}")

@@ -101,7 +101,7 @@ def packet(path='/', body=b'', **variables):
 
 def connect(address):
     """A connection to a path or to (host, port)."""
-    family = socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET6 if ':' in address[0] else socket.AF_INET
     connection = socket.socket(family)
     connection.settimeout(PATIENCE)
     connection.connect(address)
@@ -3092,10 +3092,7 @@ def test_a_program_finds_the_sockets_as_from_systemd_and_dies_with_the_master(st
     wait_until(lambda: not alive(worker), 'the end of the program')
 
 
-def test_a_program_is_told_once_to_stop(start, tmp):
-    """Many take a second SIGTERM for: at once."""
-    os.mkfifo(tmp / 'fifo')
-    (tmp / 'serve.py').write_text("""
+TOLD_ONCE = """
 import signal, socket
 def stop(*_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -3105,7 +3102,13 @@ signal.signal(signal.SIGTERM, stop)
 with server.accept()[0] as client:
     open('fifo').read()
     client.sendall(b'done')
-""")
+"""
+
+
+def test_a_program_is_told_once_to_stop(start, tmp):
+    """Many take a second SIGTERM for: at once."""
+    os.mkfifo(tmp / 'fifo')
+    (tmp / 'serve.py').write_text(TOLD_ONCE)
     server = start(ini=f'worker-exec = {sys.executable} -u serve.py')
     with connect(server.socket) as client:
         with open(tmp / 'fifo', 'w'):
@@ -3806,7 +3809,8 @@ class TestReload:
 
     @pytest.mark.parametrize('change', [
         'open("app.ini", "a").write("threads = four\\n")', 'open("app.ini", "a").write("chdir = /nowhere\\n")',
-        'os.unlink("app.ini")'])
+        'open("app.ini", "a").write("env = =x\\n")', 'open("app.ini", "w").close()',
+        'open("app.ini", "w").write("[uwsgi]\\nsocket = t\\nmodule = nothing_there\\n")', 'os.unlink("app.ini")'])
     def test_what_breaks_after_the_proof_leaves_the_old_workers(self, start, tmp, change):
         server = start(HELLO + f'import os, uwsgi\nif "check" in uwsgi.opt and not os.path.exists("good"):\n'
                                f'    {change}\n', 'pidfile = p\nsocket = s')
@@ -3819,6 +3823,27 @@ class TestReload:
         server.kill(signal.SIGHUP)
         server.wait_for('^ready', 2)
         assert server.ask().body == b'hello\n' and int((tmp / 'p').read_text()) == server.pid
+
+    def test_a_directory_that_goes_during_the_proof_leaves_the_old_code(self, start, tmp):
+        server = start(HELLO + f'import shutil, uwsgi\nif "check" in uwsgi.opt:\n    shutil.rmtree("{tmp}")\n',
+                       f'chdir = /\npythonpath = {tmp}', http=True)
+        server.kill(signal.SIGHUP)
+        server.wait_for('the directory of the start: No such file or directory; the old code goes on serving')
+        assert server.get().body == b'hello\n'
+        tmp.mkdir()                                     # for the end of the test
+
+    def test_a_program_of_before_a_reload_is_told_once_too(self, start, tmp):
+        (tmp / 'serve.py').write_text(TOLD_ONCE)
+        os.mkfifo(tmp / 'fifo')
+        server = start(ini=f'worker-exec = {sys.executable} -u serve.py')
+        with connect(server.socket) as client:
+            (tmp / 'app.ini').write_text('[uwsgi]\nsocket = s\nmodule = app\n')
+            with open(tmp / 'fifo', 'w'):
+                server.kill(signal.SIGHUP)
+                server.wait_for('^told')
+                assert not select.select([client], [], [], 0.5)[0]
+            assert read_all(client) == b'done'
+        server.wait_for('^ready', 2)
 
     def test_a_thread_of_the_application_does_not_hold_the_proof(self, start):
         server = start(HELLO + 'import threading, time\nthreading.Thread(target=time.sleep, args=(999,)).start()\n',
@@ -4301,6 +4326,47 @@ class TestDaemon:
         wait_until(lambda: [os.kill(pid, signal.SIGKILL) for pid in server.workers()] and (tmp / 'log').exists(),
                    'the new log, with lines of the master')
 
+    def test_a_worker_is_born_without_its_log_of_requests(self, start, tmp):
+        server = start(ini='req-logger = file:requests')
+        (tmp / 'requests').unlink()
+        (tmp / 'requests').mkdir()
+        os.kill(server.workers()[0], signal.SIGKILL)
+        server.wait_for("req-logger: can't write the log .*: Is a directory; the lines go to the other log")
+        assert server.ask('/path').body == b'hello\n' and server.wait_for('GET /path')
+
+    def test_a_log_that_is_stdout_is_written_at_its_end_by_print_too(self, tmp):
+        (tmp / 'app.py').write_text('print("first line of the application")\n' + HELLO)
+        with open(tmp / 'out', 'w') as out:
+            process = subprocess.Popen([sys.executable, str(MINUWSGI), 'app.py', '--socket', 's', '--logto',
+                                        '/dev/stdout'], cwd=tmp, stdout=out, stderr=subprocess.DEVNULL)
+        try:
+            wait_until(lambda: 'ready' in (tmp / 'out').read_text(), 'ready')
+        finally:
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+        lines = (tmp / 'out').read_text().partition('minuwsgi 0')[2].splitlines()
+        assert [line.split()[0] for line in lines[1:5]] in (
+            ['listening', 'warning:', 'first', 'ready:'], ['listening', 'first', 'ready:', 'stopping'])
+
+    def test_an_application_may_catch_what_programs_print(self, start, tmp):
+        server = start('''
+            import os, time
+            def application(e, s):
+                s('200 OK', [])
+                print('before')
+                log, catch = os.dup(1), os.open('caught', os.O_RDWR | os.O_CREAT)
+                os.dup2(catch, 1)
+                time.sleep(1.1)                         # after which the log looks for its file
+                print('by us')
+                os.system('echo by a program')
+                os.dup2(log, 1)
+                print('behind')
+                return [open('caught', 'rb').read()]
+            ''', 'logto = log', ready=False)
+        wait_until(lambda: (tmp / 'log').exists() and 'ready' in (tmp / 'log').read_text(), 'ready')
+        assert server.ask().body == b'by us\nby a program\n'
+        assert 'behind' in (tmp / 'log').read_text()
+
     @pytest.mark.skipif(os.getuid() != 0 or not os.path.exists('/usr/bin/python3'),
         reason='needs root and /usr/bin/python3')
     def test_root_is_left_for_good_before_the_application_is_loaded(self, start, tmp):
@@ -4322,8 +4388,14 @@ class TestDaemon:
         assert server.stop() == 0 and not os.path.exists(server.socket)
 
 
-AS_SYSTEMD = ('import os, sys; os.dup2(int(sys.argv[1]), 3); os.environ.update(LISTEN_FDS="1", '
-              'LISTEN_PID=str(os.getpid())); os.execv(sys.executable, [sys.executable, *sys.argv[2:]])')
+AS_SYSTEMD = '''
+import os, sys
+fds = [int(fd) for fd in sys.argv[1].split(',')]
+for i, fd in enumerate([os.dup2(fd, 100 + fd) for fd in fds]):
+    os.dup2(fd, 3 + i)
+os.environ.update(LISTEN_FDS=str(len(fds)), LISTEN_PID=str(os.getpid()))
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+'''
 
 
 class TestSystemd:
@@ -4395,6 +4467,29 @@ class TestSystemd:
                     client.connect(where)
                     client.sendall(b'GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n')
                     assert Answer(read_all(client)).body == b'hello\n'
+        finally:
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+            process.stderr.close()
+
+    @pytest.mark.parametrize('named', [False, True])
+    def test_of_one_port_ipv4_and_ipv6_may_be_two(self, tmp, named):
+        port = free_port()
+        (tmp / 'app.py').write_text(HELLO)
+        options = [f'--http-socket=0.0.0.0:{port}', f'--http-socket=[::]:{port}'] if named else ['--protocol=http']
+        with socket.socket() as v4, socket.socket(socket.AF_INET6) as v6:
+            v6.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            for listener, host in (v4, '0.0.0.0'), (v6, '::'):
+                listener.bind((host, port))
+                listener.listen()
+            fds = v4.fileno(), v6.fileno()
+            process = subprocess.Popen([sys.executable, '-c', AS_SYSTEMD, '%d,%d' % fds, str(MINUWSGI), 'app.py',
+                                        *options], cwd=tmp, pass_fds=fds, stderr=subprocess.PIPE)
+        try:
+            assert any(line.startswith(b'ready') for line in iter(process.stderr.readline, b''))
+            for host in '127.0.0.1', '::1':
+                request = b'GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n'
+                assert Answer(exchange((host, port), request)).body == b'hello\n'
         finally:
             process.terminate()
             assert process.wait(PATIENCE) == 0
