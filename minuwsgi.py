@@ -334,6 +334,7 @@ class Option:
         if self.allowed and not self.allowed(result):
             raise ValueError
         if (boolean and self.kind in ('path', 'word') or numeric and str(result) != value
+                or self.kind == 'flag' and not boolean and not value.isdecimal()
                 or self.kind == 'log' and not result and 'stdio' not in value):
             doubts.append(f'{self.expected} is expected; ' + ('left out' if result is None else f'taken as {result}'))
         return result
@@ -426,16 +427,21 @@ def fate(name, value=''):
 
 def describe(name, value=''):
     """What to say of a line that does nothing."""
-    kind, reason = fate(name, value)
-    if reason:
-        instead = "isn't supported; instead: " if kind == 'unsupported' else ''
-        return f"'{name or '=' + value}' {instead}{reason}"
     import difflib
+    kind, reason = fate(name, value)
+    first, _, rest = name.partition(' ')
+    if rest and first.rstrip(':') in BY_NAME:
+        text = f'{rest.strip()}={value}' if value else rest.strip()
+        return f"there is no '=' behind the name: write {first.rstrip(':')} = {text}"
     known = [*BY_NAME, *(pattern for pattern, fate, _ in PATTERNS if fate != 'unknown' and pattern[-1] != '*')]
     meant = ([long for long, short in zip(known, known[1:]) if short == f'-{name}']
-             or difflib.get_close_matches(name.partition(' ')[0], known, 1, 0.75)
+             or difflib.get_close_matches(first, known, 1, 0.9 if reason else 0.75)
              or [long for long in known if name and long.startswith(f'{name}-')])
-    return f"unknown option '{name}'" + (f", did you mean '{meant[0]}'?" if meant else '')
+    hint = f", did you mean '{meant[0]}'?" if meant and meant[0] != name else ''
+    if reason:
+        instead = "isn't supported; instead: " if kind == 'unsupported' else ''
+        return f"'{name or '=' + value}' {instead}{reason}" + (hint if meant and meant[0] in BY_NAME else '')
+    return f"unknown option '{name}'{hint}"
 
 
 COMMAND_LINE = 'command line'
@@ -1042,7 +1048,8 @@ class Listener:
                 self.bind_tcp(*where)
             self.socket.listen(min(config.listen, LISTEN_MAX))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"can't bind {address}: {getattr(error, 'strerror', None) or error}") from None
+            hint = '; ss -ltnp tells by whom' if getattr(error, 'errno', 0) == errno.EADDRINUSE else ''
+            raise ConfigError(f"can't bind {address}: {getattr(error, 'strerror', None) or error}{hint}") from None
         self.find_name()
 
     def bind_unix(self, path, config):
@@ -1059,8 +1066,14 @@ class Listener:
             os.umask(before)
         status = os.lstat(path)
         self.inode = status.st_dev, status.st_ino
-        if config.chown_socket or config.uid or config.gid:             # of a link itself, if somebody put one there
-            os.lchown(path, *owner(config.chown_socket or f'{config.uid or ""}:{config.gid or ""}'))
+        names = config.chown_socket or f'{config.uid or ""}:{config.gid or ""}'
+        try:
+            if names != ':':
+                os.lchown(path, *owner(names))          # of a link itself, if somebody put one there
+        except (OSError, ConfigError) as error:
+            os.unlink(path)
+            why = str(error) if isinstance(error, ConfigError) else 'only root may, and for a group its members'
+            raise ConfigError(f"{path} can't be given to {names}: {why}") from None
 
     def bind_tcp(self, host, port):
         found = socket.getaddrinfo(host or '0.0.0.0', port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -3203,7 +3216,7 @@ def find_callable(module, attribute, where):
         for part in name.split('.'):
             found = getattr(found, part)
     except AttributeError:
-        there = [n for n in ('application', 'app', 'create_app') if hasattr(module, n)]
+        there = [n for n in ('application', 'app', 'create_app') if callable(getattr(module, n, None))]
         hint = f'; it has {there[0]!r}: set callable = {there[0]}' if there else ''
         raise AppError(f'{where} has no {name!r}{hint}') from None
     found = found() if name != attribute else found
@@ -4363,7 +4376,10 @@ def main(arguments):
     try:
         if not arguments or '--help' in arguments or '-h' in arguments:
             print(usage())
-            return 0 if arguments else EXIT_CONFIG
+            if not arguments:
+                raise ConfigError('an application is expected, or an INI file; for a first look: '
+                                  'python3 minuwsgi.py minuwsgi:demo --http-socket :8000')
+            return 0
         if '--version' in arguments:
             return print(__version__)
         if arguments[0] == '--curl':
