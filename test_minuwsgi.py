@@ -322,8 +322,10 @@ def big_file():
 
 def run(tmp, *arguments, **options):
     """Run minuwsgi to its end: (exit code, its output)."""
-    done = subprocess.run([sys.executable, str(MINUWSGI), *map(str, arguments)], cwd=tmp, text=True, timeout=PATIENCE,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, **options)
+    environment = {**(options.pop('env', None) or os.environ), **COMPILED}
+    done = subprocess.run([sys.executable, '-m', 'minuwsgi', *map(str, arguments)], cwd=tmp, env=environment,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
+                          timeout=PATIENCE, **options)
     return done.returncode, done.stdout
 
 
