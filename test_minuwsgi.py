@@ -3998,7 +3998,8 @@ class TestHarakiri:
             """, 'harakiri = 0.4')
         server.tracebacks_expected, before = True, server.workers()
         assert server.ask().status == '500 Internal Server Error'
-        assert 'slow to tell' in server.log and 'harakiri' not in server.log and server.workers() == before
+        server.wait_for('slow to tell')
+        assert 'harakiri' not in server.log and server.workers() == before
 
     def test_a_line_that_waits_for_the_log_is_no_case_for_harakiri(self, start):
         reader, writer = os.pipe()
