@@ -2518,7 +2518,7 @@ class KeptConnections:
 
     def __init__(self, listeners, config):
         self.listeners, self.config, self.parked = listeners, config, {}        # parked: descriptor -> Connection
-        self.undrained = set()                          # at a stop: listeners where somebody may wait yet
+        self.undrained, self.drain_until = set(), math.inf      # at a stop: listeners where somebody may wait yet
         self.closing_at = math.inf                      # when a stopping worker leaves those that are silent
         self.next_look = 0.0
         self.poll = select.epoll()
@@ -2571,18 +2571,22 @@ class KeptConnections:
         self.keep(connection, select.EPOLLIN | select.EPOLLOUT) if ok else close_hard(fd)
 
     def stop(self, drain):
-        """No new connections; drain: but those that wait already."""
+        """No new connections but those that wait already, since the kernel may have told us alone of them: all, if
+        drain, else those that can be taken in a second."""
         self.closing_at = time.monotonic() + 1
-        self.undrained = set(self.listeners) if drain else set()
+        self.drain_until = math.inf if drain else self.closing_at
         for fd in self.listeners:
             with contextlib.suppress(OSError):
                 self.poll.unregister(fd)
+        self.undrained = set(self.listeners)            # not before: until now it could tell us of another one
         os.write(self.stop_write, b'.')
 
     def look_at_time(self, busy, jobs):
         """Once a second: close those whose time is up. At a stop: leave when nothing more comes, and no job can give
         a connection back."""
         now = time.monotonic()
+        if now > self.drain_until:
+            self.undrained.clear()
         if self.closing_at < math.inf and not busy:
             if now > self.closing_at:                   # who has begun a head may end it, and its event may yet come
                 self.close(lambda one: not one.data and not ready_within(one.fd, select.POLLIN, 0))

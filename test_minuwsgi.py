@@ -3755,6 +3755,12 @@ class TestReload:
             server.kill(signal.SIGHUP)
             server.wait_for('^ready', reloads + 2)
 
+    def test_a_worker_that_goes_leaves_nobody_waiting(self, start):
+        """Of a connection the kernel tells one worker alone; if that one goes, perhaps none comes to wake the next."""
+        server = start(ini='disable-logging = true\nmax-requests = 30\nthreads = 2')
+        while len(server.lines) < 50:                   # of workers that leave
+            assert server.ask().body == b'hello\n'
+
     @pytest.mark.parametrize('ini', ['processes = 2', 'processes = 2\nlazy-apps = true', 'processes = 2\nthreads = 3'])
     def test_reloads_under_load_lose_no_request(self, start, tmp, ini):
         server = start(APPS, ini + '\ndisable-logging = true')
