@@ -523,10 +523,10 @@ class Config:
             self.errors += [f'{s.where}: {s.warnings[-1]} (strict)' for s in self.settings if s.fate == 'unknown']
         if self.processes * self.threads > 10000:
             self.errors.append(f'processes = {self.processes}, threads = {self.threads}: 10000 in all are the most')
-        log = self.daemonize or self.logto or (self.logger[-1] if self.logger else None)
-        self.logto = log and os.path.abspath(log)       # before chdir, as in uWSGI
+        path = self.daemonize or self.logto or (self.logger[-1] if self.logger else None)
+        self.logto = path and os.path.abspath(path)     # before chdir, as in uWSGI
         self.pidfile = self.pidfile and os.path.abspath(self.pidfile)
-        self.req_logger = [os.path.abspath(log) for log in self.req_logger]
+        self.req_logger = [os.path.abspath(path) for path in self.req_logger]
 
     def where(self, value):
         """'site.ini:3: ' for a value that stands in a line, for messages."""
@@ -782,16 +782,21 @@ class Log(io.FileIO):
         self.put = os.write if os.path.isfile(self.fd) else write_now
         self.behind = os.fstat(self.fd)
 
+    def open_file(self, path):
+        """Write to the end of this file from now on."""
+        new = open_to_append(path)
+        os.dup2(new, self.fd, inheritable=self.fd < 3)
+        os.close(new)
+        self.path = path
+        self.look()
+
     def follow(self):
         """Go on in the file that has the log's name now, after somebody (logrotate) moved the old one."""
         self.looked = time.monotonic()
         try:
             if self.path and os.path.samestat(os.fstat(self.fd), self.behind) \
                     and not (os.path.exists(self.path) and os.path.samefile(self.path, self.fd)):
-                new = open_to_append(self.path)
-                os.dup2(new, self.fd, inheritable=self.fd < 3)
-                os.close(new)
-                self.look()
+                self.open_file(self.path)
         except (ConfigError, OSError) as error:         # the old file goes on
             self.looked += 60                           # no such line each second
             self.write(f'log: {error}\n'.encode('utf-8', 'backslashreplace'))
@@ -3080,7 +3085,7 @@ class Worker:
         signal.setitimer(signal.ITIMER_REAL, seconds)
 
     def on_stop(self, number, _):
-        """SIGTERM: everything ends, serve what waits. SIGHUP: others serve it. SIGIO: the master has died."""
+        """SIGTERM: everything ends, serve what waits. SIGHUP: others can serve it. SIGIO: the master has died."""
         if self.stopping:                               # the master repeats it, to interrupt accept()
             return
         self.stopping, self.rows[0].numbers[LEAVING] = True, 2          # 2: the master sees that it was heard
@@ -4267,14 +4272,12 @@ def open_logs(config, start, reloaded):
         log_date[:] = [config.log_date if '%' in config.log_date else '%a %b %d %H:%M:%S %Y']
     if config.daemonize and not reloaded:
         start.daemonize(config.logto)
-    if config.logto and not reloaded:                   # after a reload it may not be ours to open
-        fd = open_to_append(config.logto)
-        os.dup2(fd, 1)                                  # even if it is that file already: perhaps not to its end
-        os.dup2(fd, 2)
-        os.close(fd)
-        main_log.look()
-    main_log.path = config.logto
-    sys.stdout = io.TextIOWrapper(Log(1, config.logto), 'utf-8', 'backslashreplace', line_buffering=True)
+    printed = Log(1)
+    for one in main_log, printed:
+        if config.logto and not reloaded:               # after a reload it may not be ours to open
+            one.open_file(config.logto)                 # even if it is that file already: perhaps not to its end
+        one.path = config.logto
+    sys.stdout = io.TextIOWrapper(printed, 'utf-8', 'backslashreplace', line_buffering=True)
     sys.stderr = io.TextIOWrapper(main_log, 'utf-8', 'backslashreplace', line_buffering=True)
     follow_logs()
     for name in config.req_logger if not reloaded else ():
