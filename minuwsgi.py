@@ -1772,8 +1772,9 @@ class Response:
                 own += kind
             head += f'{name}: {value}\r\n'
         self.head, self.headers, self.own = head.encode('latin-1'), len(headers), own
-        no_body = no_body or self.head_only
-        self.length, self.left = (-1, 0) if no_body else (length, length)
+        self.length = self.left = length
+        if no_body or self.head_only:
+            self.length, self.left = -1, 0
         self.status = status
         return self.write
 
@@ -1854,6 +1855,10 @@ class Response:
 
     def finish(self, result):
         """Send what the application returned; the job that is left if the client doesn't keep up, else None."""
+        if type(result) is list and len(result) == 1 and not self.sent:
+            chunk = result[0]
+            if type(chunk) is bytes and (self.length is None or self.length == len(chunk)) and len(chunk) < SMALL:
+                return self.send_small(chunk)
         try:
             if type(result) is bytes:
                 result = [result]
@@ -2631,7 +2636,6 @@ class Core:
         self.log = RequestLog(self.config, worker.request_log.write, worker.total, worker.number, number)
         self.ready, self.busy = [], False               # events that wait() has still to look at; did it see any?
         self.accepts = 0
-        self.late = 0.0                                 # until then a client may have waited for too long
         self.template = {
             'REQUEST_METHOD': 'GET', 'SCRIPT_NAME': '', 'PATH_INFO': '', 'QUERY_STRING': '', 'SERVER_NAME': 'localhost',
             'SERVER_PORT': '80', 'SERVER_PROTOCOL': 'HTTP/1.1', 'wsgi.version': (1, 0), 'wsgi.url_scheme': 'http',
@@ -2651,6 +2655,8 @@ class Core:
         memory, packet, numbers = self.row.memory, [self.row.packet], self.row.numbers
         response, application, expected = self.response, self.worker.application, self.expected
         start_response, logging, limit = response.start_response, self.worker.logging, self.worker.limit
+        template, kept, requests, busy = self.template, self.kept, int(numbers[REQUESTS]), numbers[BUSY]
+        late = 0.0                                      # until then a client may have waited for too long
         start, start_end, started_environ, started_pieces, new_environ, all_pieces, planned = expected.plan
         while True:
             try:
@@ -2660,15 +2666,16 @@ class Core:
                     return
                 continue
             numbers[STARTED] = began = clock()
-            response.fd, response.status, response.length, response.http = fd, None, None, ''
+            response.fd = fd
             response.sent = response.keep = response.chunked = response.head_only = False
             response.blocking = True
-            job = body = None
-            environ, variables, size = self.template, 0, 0
+            response.status = job = body = None
+            environ, response.http = template, ''
+            variables = size = 0
             try:
-                if began < self.late and hung_up(fd):   # it waited behind a slow request, perhaps for too long
+                if began < late and hung_up(fd):        # it waited behind a slow request, perhaps for too long
                     raise ClientGone(0, 'before its turn')
-                if type(connection) is Connection:
+                if kept and type(connection) is Connection:
                     size = connection.end + 4
                     environ = self.read_request(connection)
                     if connection.length:
@@ -2680,14 +2687,15 @@ class Core:
                         got = preadv(fd, packet, -1, nowait)
                     except (BlockingIOError, ConnectionError):
                         got = 0
-                    size = memory[1] + (memory[2] << 8)     # if got < 4 that of an earlier packet: no matter, it's >= 0
-                    if got < size + 4 or memory[0]:
-                        got, size = self.receive(fd, got)
-                    end = size + 4
+                    modifier1 = memory[0]
+                    end = memory[1] + (memory[2] << 8) + 4  # if got < 4 that of an earlier packet: no matter, it's >= 4
+                    if got < end or modifier1:
+                        got, end, modifier1 = self.receive(fd, got)
+                    size = end - 4
 
                     # Now environ.update(unpack_vars(block)), guessed: see Expected, or go on at `result`.
                     text = memory[:end].decode('latin-1')
-                    simple = text[4:start_end] == start and not memory[0]       # a GET without a query, as expected
+                    simple = text[4:start_end] == start and not modifier1       # a GET without a query, as expected
                     if simple:
                         environ, pieces, at = started_environ(), started_pieces, start_end
                     else:
@@ -2710,41 +2718,35 @@ class Core:
                          planned) = expected.plan
                     if not simple:
                         response.head_only = environ['REQUEST_METHOD'] == 'HEAD'
-                        if memory[0] == WSGI_STRIP:
+                        if modifier1 == WSGI_STRIP:
                             strip_script_name(environ)
                         if environ.get('CONTENT_LENGTH'):
                             body = self.open_body(environ, content_length(environ['CONTENT_LENGTH']), fd,
                                                   memory[end:got])
 
-                result = application(environ, start_response)
-                if type(result) is list and len(result) == 1 and type(result[0]) is bytes and not response.sent \
-                        and response.length in (len(result[0]), None) and len(result[0]) < SMALL:
-                    job = response.send_small(result[0])
-                else:
-                    job = response.finish(result)
+                job = response.finish(application(environ, start_response))
             except BaseException as error:
                 self.failed(error)
             numbers[STARTED] = 0.0                      # harakiri isn't for what follows; it is for write() above
-            if job is None and body is None and not response.ending and not response.http:
+            if job is None and body is None and not response.http and not response.ending:
                 close(fd)
             else:
                 self.let_go(fd, job, body, connection)
-            ended = clock()
-            took = ended - began
+            took = clock() - began
             if took > 0.1:                              # others have waited meanwhile: are they still there?
-                self.late = ended + 10 * took           # so long it may take until all of them had their turn
-            numbers[REQUESTS] = requests = numbers[REQUESTS] + 1
-            numbers[BUSY] += took
+                late = began + 11 * took                # so long it may take until all of them had their turn
+            requests += 1
+            busy += took
+            numbers[REQUESTS], numbers[BUSY] = requests, busy
             if logging:
-                self.log.add(environ, response, int(requests), variables or len(environ) - len(self.template), size,
-                             took)
+                self.log.add(environ, response, requests, variables or len(environ) - len(template), size, took)
             if requests >= limit:
                 limit = self.worker.check_limits()
 
     # -- what is rare
 
     def receive(self, fd, got):
-        """The head didn't come at once, or isn't for WSGI: read on. (bytes read, size of the block)."""
+        """The head didn't come at once, or isn't for WSGI: read on. (bytes read, end of the packet, modifier1)."""
         packet, deadline = self.row.packet, time.monotonic() + self.config.socket_timeout
         self.row.numbers[STARTED] = 0.0                 # socket-timeout holds for the head, and not harakiri
         while got < 4:
@@ -2762,11 +2764,11 @@ class Core:
                 raise BadRequest('this socket speaks the uwsgi protocol, and this is HTTP: in nginx use uwsgi_pass, '
                                  'not proxy_pass; for a browser use the option http-socket')
             raise BadRequest(f'modifier1 is {packet[0]}: only WSGI (0) is served here')
-        size = packet[1] + (packet[2] << 8)
-        while got < size + 4:
+        end = packet[1] + (packet[2] << 8) + 4
+        while got < end:
             got += read_some(fd, packet[got:], deadline)
         self.row.numbers[STARTED] = time.monotonic()
-        return got, size
+        return got, end, packet[0]
 
     def open_body(self, environ, length, fd, begun):
         """Set wsgi.input; the Body, which knows what wasn't read, unless all of it is here. length: -1 is chunked."""
