@@ -801,20 +801,31 @@ class Log(io.FileIO):
             self.looked += 60                           # no such line each second
             self.write(f'log: {error}\n'.encode('utf-8', 'backslashreplace'))
 
-    def write(self, line):
-        if self.path and time.monotonic() > self.looked + 1:
+    def follow_now_and_then(self):
+        if self.path and time.monotonic() > self.looked + 0.5:
             self.follow()
-        left = b'\nlog: %d lines were lost here: it could not be written\n' % self.lost + line if self.lost else line
+
+    def write(self, line):
+        self.follow_now_and_then()
+        self.put_line(line)
+        return len(line)
+
+    def put_line(self, line):
+        """write() without a look at the file's name: for who has looked in this second."""
+        if self.lost:
+            line = b'\nlog: %d lines were lost here: it could not be written\n' % self.lost + line
         try:
-            while left:
+            while True:
                 try:
-                    left = left[self.put(self.fd, left):]
+                    done = self.put(self.fd, line)
+                    if done == len(line):
+                        break
+                    line = line[done:]
                 except BlockingIOError:
                     self.wait()
             self.lost = 0
         except OSError:
             self.lost += 1
-        return len(line)
 
     def wait(self):
         if time.monotonic() < Log.impatient_until or not ready_within(self.fd, select.POLLOUT, 1):
@@ -885,36 +896,45 @@ def rotate_log(config):
 class RequestLog:
     """A line for each request of a core, in uWSGI's format, byte for byte, or in that of log-format."""
 
-    def __init__(self, config, write, total, worker, core):
-        self.config, self.write = config, write
+    def __init__(self, config, log, total, worker, core):
+        self.config, self.log, self.put_line = config, log, log.put_line
         self.total = total                              # of all workers, in shared memory
         self.worker, self.core = worker, core           # their numbers
-        self.second, self.date = 0, ''
+        self.all, self.format, self.forwarded = (
+            not config.disable_logging, config.log_format, config.log_x_forwarded_for)
+        self.next_second, self.date = 0.0, ''
         self.start, self.end = f'[pid: {os.getpid()}|app: 0|req: ', f'(1 switches on core {core})\n'
-        self.all, self.format = not config.disable_logging, config.log_format
 
-    def add(self, environ, response, requests, variables, size, took):
-        """requests: of this core so far; variables, size: number and bytes of those in the packet; took: seconds."""
-        second = int(time.time())
-        if second != self.second:
-            self.second, self.date = second, time.ctime(second)         # strftime() would heed the locale
-        self.total[0] += 1
-        get, status, sent, head, headers = environ.get, (response.status or '500')[:3], 0, 0, 0
+    def add(self, environ, response, requests, variables, size, ended, took):
+        """requests: of this core so far; variables, size: number and bytes of those in the packet; ended: a
+        time.monotonic(); took: seconds."""
+        if ended >= self.next_second:
+            self.new_second(ended)
+        self.total[0] = total = self.total[0] + 1
+        get, status, sent, head, headers = environ.get, response.status or '500', 0, 0, 0
         if response.sent:
             sent, head, headers = response.size, len(response.head), response.headers
         if not (self.all or self.is_wanted(status, sent, took * 1000)):
             return
-        address = self.config.log_x_forwarded_for and get('HTTP_X_FORWARDED_FOR') or get('REMOTE_ADDR', '')
+        address = get('REMOTE_ADDR', '')
+        if self.forwarded:
+            address = get('HTTP_X_FORWARDED_FOR') or address
         if self.format:
             line = self.formatted(environ, took, {
-                'wreq': requests, 'addr': address, 'status': status, 'headers': headers, 'hsize': head, 'rsize': sent,
-                'size': head + sent, 'vars': 2 * variables, 'pktsize': size})
+                'wreq': requests, 'addr': address, 'status': status[:3], 'headers': headers, 'hsize': head,
+                'rsize': sent, 'size': head + sent, 'vars': 2 * variables, 'pktsize': size})
         else:
-            line = (f"{self.start}{requests}/{self.total[0]}] {address} ({get('REMOTE_USER', '')}) "
+            line = (f"{self.start}{requests}/{total}] {address} ({get('REMOTE_USER', '')}) "
                     f"{{{2 * variables} vars in {size} bytes}} [{self.date}] {get('REQUEST_METHOD', '')} "
                     f"{get('REQUEST_URI', '')} => generated {sent} bytes in {int(took * 1000)} msecs "
-                    f"({get('SERVER_PROTOCOL', '')} {status}) {headers} headers in {head} bytes {self.end}")
-        self.write(line.encode('latin-1', 'backslashreplace'))
+                    f"({get('SERVER_PROTOCOL', '')} {status[:3]}) {headers} headers in {head} bytes {self.end}")
+        self.put_line(line.encode('latin-1', 'backslashreplace'))
+
+    def new_second(self, now):
+        """Bring up to date what all lines of a second share, so that they call no clock; now: a time.monotonic()."""
+        self.log.follow_now_and_then()
+        self.next_second = now + 1 - time.time() % 1
+        self.date = time.ctime()                        # strftime() would heed the locale
 
     def is_wanted(self, status, size, milliseconds):
         """With disable-logging, some requests are logged all the same."""
@@ -2633,7 +2653,7 @@ class Core:
     def __init__(self, worker, number):
         self.worker, self.config, self.row, self.kept = worker, worker.config, worker.rows[number], worker.kept
         self.response = Response(self.config)
-        self.log = RequestLog(self.config, worker.request_log.write, worker.total, worker.number, number)
+        self.log = RequestLog(self.config, worker.request_log, worker.total, worker.number, number)
         self.ready, self.busy = [], False               # events that wait() has still to look at; did it see any?
         self.accepts = 0
         self.template = {
@@ -2732,14 +2752,16 @@ class Core:
                 close(fd)
             else:
                 self.let_go(fd, job, body, connection)
-            took = clock() - began
+            ended = clock()
+            took = ended - began
             if took > 0.1:                              # others have waited meanwhile: are they still there?
-                late = began + 11 * took                # so long it may take until all of them had their turn
+                late = ended + 10 * took                # so long it may take until all of them had their turn
             requests += 1
             busy += took
             numbers[REQUESTS], numbers[BUSY] = requests, busy
             if logging:
-                self.log.add(environ, response, requests, variables or len(environ) - len(template), size, took)
+                self.log.add(environ, response, requests, variables or len(environ) - len(template), size, ended,
+                             took)
             if requests >= limit:
                 limit = self.worker.check_limits()
 
