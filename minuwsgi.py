@@ -2481,15 +2481,14 @@ class Row:
 class Connection:
     """A client's connection over HTTP, between and during its requests."""
 
-    __slots__ = ('fd', 'base', 'data', 'end', 'fields', 'new_environ', 'keep', 'length', 'deadline', 'events',
-                 'blocking')
+    __slots__ = ('fd', 'template', 'address', 'data', 'end', 'fields', 'new_environ', 'keep', 'length', 'deadline',
+                 'events', 'blocking')
 
-    def __init__(self, fd, template, address, deadline):
-        self.fd, self.base, self.deadline = fd, template, deadline
-        if type(address) is tuple:
-            self.base = {**template, 'REMOTE_ADDR': address[0], 'REMOTE_PORT': str(address[1])}
+    def __init__(self, fd, template, address):
+        self.fd, self.template, self.address = fd, template, address
         self.data, self.end = b'', -1                   # read, but not yet used; where the head ends in it
         self.fields = None                              # of the last request, see learn()
+        self.deadline = None                            # a time.monotonic(), while it is parked
         self.blocking = True
         self.events = 0                                 # what the worker's epoll watches it for; 0: nothing
 
@@ -2497,7 +2496,10 @@ class Connection:
         """Read a head from ' HTTP/1.1' on, and keep what it says: clients mostly send the same again."""
         headers, self.keep, self.length = (
             parse_fields(fields) if len(fields) < 4096 else parse_fields.__wrapped__(fields))
-        self.fields, self.new_environ = fields, {**self.base, **headers}.copy
+        environ = {**self.template, **headers}
+        if type(self.address) is tuple:
+            environ['REMOTE_ADDR'], environ['REMOTE_PORT'] = self.address[0], str(self.address[1])
+        self.fields, self.new_environ = fields, environ.copy
 
     def unblock(self):
         os.set_blocking(self.fd, False)
@@ -2566,18 +2568,21 @@ class KeptConnections:
 
     def park(self, connection, deadline, events=select.EPOLLIN):
         """Wait for more from the client without a thread that waits."""
-        fd, known = connection.fd, connection.events
         if connection.blocking:
             connection.unblock()
-        connection.deadline, connection.events = deadline, events
-        self.parked[fd] = connection                    # first: the event may come to another thread at once
+        connection.deadline = deadline
+        self.parked[connection.fd] = connection         # first: the event may come to another thread at once
+        if events != connection.events or self.one_shot:
+            self.watch(connection, events)
+
+    def watch(self, connection, events):
+        """Let epoll tell when one of these events (of epoll(7)) comes."""
+        change = self.poll.modify if connection.events else self.poll.register
+        connection.events = events
         try:
-            if not known:
-                self.poll.register(fd, events | self.one_shot)
-            elif known != events or self.one_shot:
-                self.poll.modify(fd, events | self.one_shot)
+            change(connection.fd, events | self.one_shot)
         except OSError:
-            if self.parked.get(fd) is connection:
+            if self.parked.get(connection.fd) is connection:
                 raise                                   # else another thread has closed it already
 
     def keep(self, connection, events=select.EPOLLIN):
@@ -2655,7 +2660,7 @@ class Core:
         self.response = Response(self.config)
         self.log = RequestLog(self.config, worker.request_log, worker.total, worker.number, number)
         self.ready, self.busy = [], False               # events that wait() has still to look at; did it see any?
-        self.accepts = 0
+        self.buffers = [self.row.packet]
         self.template = {
             'REQUEST_METHOD': 'GET', 'SCRIPT_NAME': '', 'PATH_INFO': '', 'QUERY_STRING': '', 'SERVER_NAME': 'localhost',
             'SERVER_PORT': '80', 'SERVER_PROTOCOL': 'HTTP/1.1', 'wsgi.version': (1, 0), 'wsgi.url_scheme': 'http',
@@ -2748,10 +2753,14 @@ class Core:
             except BaseException as error:
                 self.failed(error)
             numbers[STARTED] = 0.0                      # harakiri isn't for what follows; it is for write() above
-            if job is None and body is None and not response.http and not response.ending:
-                close(fd)
-            else:
+            if job is not None or body is not None or response.ending:
                 self.let_go(fd, job, body, connection)
+            elif response.keep:
+                kept.keep(connection)
+            elif response.http and connection.data:     # further requests, which nobody will read
+                self.let_go(fd, job, body, connection)
+            else:
+                close(fd)
             ended = clock()
             took = ended - began
             if took > 0.1:                              # others have waited meanwhile: are they still there?
@@ -2842,8 +2851,6 @@ class Core:
     def let_go(self, fd, job, body, connection):
         """The end of a connection, or of its turn, that needs more than close()."""
         response, ending, done = self.response, self.response.ending, close_after
-        if job is None and body is None and not ending and response.keep:
-            return self.kept.keep(connection)
         response.ending = ''
         if body is not None:
             body.pieces = iter(())                      # later reads get nothing; and it was a cycle of references
@@ -2875,7 +2882,7 @@ class Core:
         kept, claim = self.kept, self.kept.parked.pop
         while True:
             while self.ready:
-                fd, _ = self.ready.pop()
+                fd, event = self.ready.pop()
                 connection = claim(fd, None)
                 if connection is None:
                     listener = kept.listeners.get(fd)
@@ -2890,13 +2897,13 @@ class Core:
                         continue
                     finally:
                         self.busy = True
-                    self.accepts += 1
-                    if self.accepts % 16:               # another one may wait: try without epoll_wait(), -1 us; but
-                        self.ready.insert(0, (fd, 0))   # now and then it has to tell of the kept connections
+                    if event < 16:                      # another one may wait: try without epoll_wait(), -1 us; but
+                        self.ready.insert(0, (fd, event + 1))       # it has to tell of the kept connections too
                     if listener.protocol == 'uwsgi':
                         return new, address
-                    connection = Connection(new, self.templates[fd], address,
-                                            time.monotonic() + self.config.http_timeout)
+                    connection = Connection(new, self.templates[fd], address)
+                    if not NOWAIT:
+                        connection.unblock()
                 self.busy = True
                 if self.read_head(connection):
                     return connection.fd, connection
@@ -2906,31 +2913,27 @@ class Core:
 
     def read_head(self, connection):
         """Take what came. Is a head whole, or hopeless? If not, the connection is parked, or closed."""
-        data, memory, new = connection.data, self.row.memory, None
+        data, new, begun = connection.data, b'', connection.data != b''
         if b'\r\n\r\n' not in data:
-            if not NOWAIT and connection.blocking:
-                connection.unblock()
             try:
-                new = memory[:os.preadv(connection.fd, [self.row.packet], -1, NOWAIT)]
+                new = self.row.memory[:os.preadv(connection.fd, self.buffers, -1, NOWAIT)]
             except BlockingIOError:
-                self.kept.park(connection, connection.deadline)
+                self.kept.park(connection, connection.deadline or time.monotonic() + self.config.http_timeout)
                 return False
             except OSError:
-                new = b''
+                pass
             if not new:
                 os.close(connection.fd)                 # epoll forgets it too
                 return False
-            if not data:                                # a head begins: it has socket-timeout in all
-                connection.deadline = time.monotonic() + self.config.socket_timeout
             data += new
         if data[:2] == b'\r\n':                         # some clients end a body so
             data = data.lstrip(b'\r\n')
         connection.data, connection.end = data, data.find(b'\r\n\r\n')
-        if connection.end < 0 and not hopeless(data):
-            self.kept.park(connection, connection.deadline)
+        if connection.end < 0 and not hopeless(data):   # from its first byte on a head has socket-timeout in all
+            self.kept.park(connection, connection.deadline if begun else time.monotonic() + self.config.socket_timeout)
             return False
         if data is not new:                             # else the row shows it already
-            memory[:512] = data[:512].ljust(512)
+            self.row.memory[:512] = data[:512].ljust(512)
         return True
 
     def read_request(self, connection):
@@ -2938,12 +2941,10 @@ class Core:
         response, data, end = self.response, connection.data, connection.end
         response.http, response.body, response.blocking = 'HTTP/1.1', None, connection.blocking
         response.head_only = data[:5] == b'HEAD '
-        if not 0 <= end <= HEAD_MAX:
-            raise BadRequest(*hopeless(data))
         line_end = data.find(b'\r\n')
-        start_end = max(0, line_end - 9)                # where ' HTTP/1.1' begins
-        if line_end > LINE_MAX:
-            raise BadRequest('the first line is too long', '414 URI Too Long')
+        start_end = line_end - 9                        # where ' HTTP/1.1' begins
+        if not (9 < line_end <= LINE_MAX and 0 <= end <= HEAD_MAX):
+            raise BadRequest(*hopeless(data) or ('the first line is not METHOD TARGET HTTP/1.1',))
         fields = data[start_end:end + 2]
         if fields != connection.fields:
             connection.learn(fields)

@@ -6145,7 +6145,8 @@ class TestBadMachine:
         """time.time() makes texts only: what people and browsers read, and a name for a file."""
         functions = re.findall(r'^ *def (\w+)(.*?)(?=^ *(?:def|class) |\Z)', SOURCE, re.M | re.S)
         uses = {name for name, body in functions if 'time.time()' in body}
-        assert uses == {'magic', 'rotate_log', 'send_static', 'formatted', 'new_second', 'failed', 'http_headers', 'workers'}
+        assert uses == {'magic', 'rotate_log', 'send_static', 'formatted', 'new_second', 'failed', 'http_headers',
+                        'workers'}
 
 
 def fuzz_for_long(number, first=1):
