@@ -2927,7 +2927,7 @@ class Core:
                 return False
             data += new
         if data[:2] == b'\r\n':                         # some clients end a body so
-            data = data.lstrip(b'\r\n')
+            data = data.lstrip(b'\r\n') or data[-1:].rstrip(b'\n')       # a last \r may be the half of one more
         connection.data, connection.end = data, data.find(b'\r\n\r\n')
         if connection.end < 0 and not hopeless(data):   # from its first byte on a head has socket-timeout in all
             self.kept.park(connection, connection.deadline if begun else time.monotonic() + self.config.socket_timeout)

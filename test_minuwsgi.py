@@ -1815,6 +1815,14 @@ def test_a_client_may_pipeline_more_than_it_reads(echo):
         sender.join(PATIENCE)
 
 
+def test_empty_lines_before_a_request_may_come_in_pieces(echo):
+    with Kept(echo) as client:
+        for piece in (b'\r', b'\n\r', b'\nGET /after HTTP/1.1\r\nHost: x\r\n\r\n'):
+            client.connection.sendall(piece)
+            assert echo.get('/meanwhile').status == '200 OK'        # so it has read the piece
+        assert json.loads(client.answer().body)['PATH_INFO'] == '/after'
+
+
 def test_an_unread_body_is_not_taken_for_a_request(echo):
     smuggled = b'GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n'
     head = b'POST /x/unread HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n'
