@@ -31,7 +31,7 @@ head in one write (send_small), and the connection is closed: accept4, preadv2, 
 is the line of the request log. What is larger becomes a job (Response.finish): run_a_while() runs it for a
 moment; then Offloader.take() owns job and descriptor, and the worker takes the next request. Over HTTP,
 Core.wait() stands in for accept(): it watches the kept connections too, and gives one whose head is whole;
-read_request() makes environ of it, and let_go() parks it again. Exceptions end in Core.failed(): 400 and the
+read_request() makes environ of it, and keep() parks it again. Exceptions end in Core.failed(): 400 and the
 like for a bad request, nothing for a client that left, 500 or a cut connection and a traceback in the log for
 an application that failed.
 
@@ -1429,7 +1429,7 @@ def parse_start(start, environ):
 
 
 def hopeless(data):
-    """What is wrong with a head that has only begun, as the arguments of BadRequest, or None."""
+    """What is wrong with a head, or with its beginning, as the arguments of BadRequest; None: nothing so far."""
     if data[:2] == b'\x16\x03':
         return 'this is TLS, and the socket speaks plain HTTP: use http://, or let nginx speak TLS in front',
     if data[:1] == b'\0':
@@ -2433,8 +2433,8 @@ class Offloader:
 # Core.wait() stands in for accept(): it watches listeners and kept HTTP connections at once, so that
 # those that are silent or slow hold nobody.
 #
-# Whoever owns the descriptor of a connection closes it: that is the core, until let_go() parks it, or gives it
-# to an Offloader with the function that closes or parks it when the job is done.
+# Whoever owns the descriptor of a connection closes it: that is the core, until keep() parks it, or let_go() gives
+# it to an Offloader with the function that closes or parks it when the job is done.
 
 # A row of the scoreboard, one for each core, in shared memory: the last packet, then these numbers.
 # READY: 1, or from when on it counts as ready. STARTED: when its request began, later by what its client took; 0: there
@@ -2589,6 +2589,8 @@ class KeptConnections:
         """It has had its response, and waits for the next request. One that has come already brings no event any
         more, but that there is room to write does."""
         seconds = self.config.http_timeout
+        if connection.data == b'\r\n':                  # some clients end a body so
+            connection.data = b''
         if connection.data:
             events |= select.EPOLLOUT
             if b'\r\n\r\n' not in connection.data:      # a head has begun
@@ -2644,7 +2646,10 @@ class KeptConnections:
             if connection is None:                      # another thread was faster
                 continue
             if not condition(connection):               # and this is a new one with the same descriptor
-                self.park(connection, connection.deadline, connection.events)
+                self.parked[fd] = connection            # its event may have come meanwhile
+                if connection.events:                   # else who parks it now has still to register it
+                    with contextlib.suppress(FileNotFoundError):        # or is just about to
+                        self.poll.modify(fd, connection.events | self.one_shot)
                 continue
             if connection.data:
                 with contextlib.suppress(OSError):
@@ -2661,6 +2666,7 @@ class Core:
         self.log = RequestLog(self.config, worker.request_log, worker.total, worker.number, number)
         self.ready, self.busy = [], False               # events that wait() has still to look at; did it see any?
         self.buffers = [self.row.packet]
+        self.late = 0.0                                 # until then a client may have waited for too long
         self.template = {
             'REQUEST_METHOD': 'GET', 'SCRIPT_NAME': '', 'PATH_INFO': '', 'QUERY_STRING': '', 'SERVER_NAME': 'localhost',
             'SERVER_PORT': '80', 'SERVER_PROTOCOL': 'HTTP/1.1', 'wsgi.version': (1, 0), 'wsgi.url_scheme': 'http',
@@ -2681,7 +2687,7 @@ class Core:
         response, application, expected = self.response, self.worker.application, self.expected
         start_response, logging, limit = response.start_response, self.worker.logging, self.worker.limit
         template, kept, requests, busy = self.template, self.kept, int(numbers[REQUESTS]), numbers[BUSY]
-        late = 0.0                                      # until then a client may have waited for too long
+        late = self.late
         start, start_end, started_environ, started_pieces, new_environ, all_pieces, planned = expected.plan
         while True:
             try:
@@ -2764,7 +2770,7 @@ class Core:
             ended = clock()
             took = ended - began
             if took > 0.1:                              # others have waited meanwhile: are they still there?
-                late = ended + 10 * took                # so long it may take until all of them had their turn
+                late = self.late = ended + 10 * took    # so long it may take until all of them had their turn
             requests += 1
             busy += took
             numbers[REQUESTS], numbers[BUSY] = requests, busy
@@ -2930,7 +2936,8 @@ class Core:
             data = data.lstrip(b'\r\n') or data[-1:].rstrip(b'\n')       # a last \r may be the half of one more
         connection.data, connection.end = data, data.find(b'\r\n\r\n')
         if connection.end < 0 and not hopeless(data):   # from its first byte on a head has socket-timeout in all
-            self.kept.park(connection, connection.deadline if begun else time.monotonic() + self.config.socket_timeout)
+            seconds = self.config.socket_timeout if data else self.config.http_timeout
+            self.kept.park(connection, connection.deadline if begun else time.monotonic() + seconds)
             return False
         if data is not new:                             # else the row shows it already
             self.row.memory[:512] = data[:512].ljust(512)
@@ -2944,7 +2951,8 @@ class Core:
         line_end = data.find(b'\r\n')
         start_end = line_end - 9                        # where ' HTTP/1.1' begins
         if not (9 < line_end <= LINE_MAX and 0 <= end <= HEAD_MAX):
-            raise BadRequest(*hopeless(data) or ('the first line is not METHOD TARGET HTTP/1.1',))
+            head = data[:end + 4] if end >= 0 else data
+            raise BadRequest(*hopeless(head) or ('the first line is not METHOD TARGET HTTP/1.1',))
         fields = data[start_end:end + 2]
         if fields != connection.fields:
             connection.learn(fields)

@@ -1823,6 +1823,17 @@ def test_empty_lines_before_a_request_may_come_in_pieces(echo):
         assert json.loads(client.answer().body)['PATH_INFO'] == '/after'
 
 
+def test_an_empty_line_after_a_body_is_no_request(echo):
+    """Neither at once nor a moment later: no 408 for what isn't one, and the connection is kept."""
+    with Kept(echo) as one, Kept(echo) as other:
+        for client, end in (one, b'\r\n'), (other, b''):
+            client.send('POST / HTTP/1.1', 'Host: x', 'Content-Length: 3', body=b'abc' + end)
+            assert client.answer().status == '200 OK'
+        other.connection.sendall(b'\r\n')
+        assert select.select([one.connection, other.connection], [], [], 4)[0] == []        # socket-timeout is 2
+        assert one.get('/').status == other.get('/').status == '200 OK'
+
+
 def test_an_unread_body_is_not_taken_for_a_request(echo):
     smuggled = b'GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n'
     head = b'POST /x/unread HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n'
@@ -1851,6 +1862,8 @@ def test_the_same_headers_with_another_first_line_are_read_anew(echo):
 NOT_HTTP = [(b'\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03' + bytes(200), 'TLS'), (packet('/'), 'uwsgi packet'),
             (bytes(100), 'uwsgi packet'), (b'GET / HTTP/1.1\nHost: x\n\n', 'without CR'), (b'\xff\xfe', 'not HTTP'),
             (b'GET / HTTP/1.1\r\nHost: x\n', 'without CR'), (b'GET /' + b'a' * 20000, 'the first line is too long'),
+            (b'POST /' + b'a' * 20000 + b' HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n\nx',
+             'the first line is too long'),
             (b'GET / HTTP/1.1\r\n' + b'X: 1\r\n' * 12000, 'the head is too long')]
 
 
@@ -5887,6 +5900,30 @@ class TestBadClients:
             for client in clients[::2]:
                 assert Answer(read_all(client)).status == '200 OK'
         assert 20 <= int(server.ask('/counted').body) <= 25         # 39 without; a slow machine closes some too late
+
+    def test_requests_whose_client_has_gone_are_skipped_at_a_stop_too(self, start, tmp):
+        os.mkfifo(tmp / 'fifo')
+        server = start("""
+def application(e, s):
+    if e['PATH_INFO'] == '/held':
+        print('held')
+        open('fifo').read()
+    s('200 OK', [('Content-Length', '0')])
+    return [b'']
+""")
+        with connect(server.socket) as held, connect(server.socket) as waiting:
+            held.sendall(packet('/held'))
+            server.wait_for('^held')
+            for _ in range(3):
+                send_and_leave(server.socket, packet('/gone'), False)
+            waiting.sendall(packet('/waiting'))
+            server.kill(signal.SIGTERM)
+            server.wait_for('stopping')
+            select.select([], [], [], 0.2)              # what is quick makes nobody leave
+            (tmp / 'fifo').write_text('go on')
+            assert Answer(read_all(waiting)).status == '200 OK'
+        assert server.wait() == 0
+        assert len(re.findall(r' 499\)', server.log)) == 3 and '/gone' not in server.log
 
     def test_who_is_slow_holds_a_worker_for_the_timeout_and_who_is_steady_is_served(self, start):
         """A byte now and then, in the head or the body; nothing read of a response, or a little: a worker for each."""
