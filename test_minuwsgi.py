@@ -1867,7 +1867,7 @@ NOT_HTTP = [(b'\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03' + bytes(200), 'TLS'), (
             (b'GET / HTTP/1.1\r\n' + b'X: 1\r\n' * 12000, 'the head is too long')]
 
 
-@pytest.mark.parametrize('data, words', NOT_HTTP)
+@pytest.mark.parametrize('data, words', NOT_HTTP, ids=[words for _, words in NOT_HTTP])
 def test_what_is_not_http_is_answered_in_words(echo, data, words):
     with connect(echo.http) as connection:
         connection.sendall(data)
@@ -2293,7 +2293,7 @@ class TestWSGI:
     @pytest.mark.parametrize('path, body', [
         ('hello', 'hello\n'), ('no_length', 'hello\n'), ('chunks', 'abc'), ('generator', 'ab'), ('late_start', 'x'),
         ('only_bytes', 'whole'), ('write', 'abc'), ('empty', ''), ('bytesio', 'x' * 100000), ('pipe', 'from a pipe'),
-        ('unzipped', 'unzipped'), ('unzipped?buffered', 'unzipped'), ('replaced', 'oops')])
+        ('unzipped', 'unzipped'), ('unzipped?buffered', 'unzipped'), ('replaced', 'oops')], ids=lambda text: text[:40])
     def test_what_the_application_returns_is_what_the_client_gets(self, apps, path, body):
         assert apps.ask(path).text == body
 
@@ -2414,7 +2414,7 @@ class TestWSGI:
         assert answer.status == '200 OK' and answer.body in (b'part', b'') and answer.header('content-length') == '9'
         apps.wait_for(words)
 
-    @pytest.mark.parametrize('body', [b'', b'x' * 200000])
+    @pytest.mark.parametrize('body', [b'', b'x' * 200000], ids=['empty', 'large'])
     def test_nor_where_the_end_of_the_connection_is_its_end(self, apps, body):
         apps.tracebacks_expected = True
         with connect(apps.http) as connection, pytest.raises(ConnectionResetError):
@@ -6671,6 +6671,7 @@ def burst(address, request):
 def bench(seconds):
     """{name: microseconds of CPU for a request}. The servers take turns; what counts is a turn that only a fifth of
     the others were better than: the rest is disturbed by what else the machine does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # `&` in a script has it ignored
     with contextlib.ExitStack() as stack:
         servers = {}
         for name, command, request in contestants():
