@@ -802,6 +802,7 @@ class Log(io.FileIO):
             self.write(f'log: {error}\n'.encode('utf-8', 'backslashreplace'))
 
     def follow_now_and_then(self):
+        """Half a second lies between two looks at least, so that who asks once a second has one each time."""
         if self.path and time.monotonic() > self.looked + 0.5:
             self.follow()
 
@@ -815,12 +816,9 @@ class Log(io.FileIO):
         if self.lost:
             line = b'\nlog: %d lines were lost here: it could not be written\n' % self.lost + line
         try:
-            while True:
+            while line:
                 try:
-                    done = self.put(self.fd, line)
-                    if done == len(line):
-                        break
-                    line = line[done:]
+                    line = line[self.put(self.fd, line):]
                 except BlockingIOError:
                     self.wait()
             self.lost = 0
@@ -896,12 +894,11 @@ def rotate_log(config):
 class RequestLog:
     """A line for each request of a core, in uWSGI's format, byte for byte, or in that of log-format."""
 
-    def __init__(self, config, log, total, worker, core):
-        self.config, self.log, self.put_line = config, log, log.put_line
+    def __init__(self, config, file, total, worker, core):
+        self.config, self.file = config, file           # a Log
         self.total = total                              # of all workers, in shared memory
         self.worker, self.core = worker, core           # their numbers
-        self.all, self.format, self.forwarded = (
-            not config.disable_logging, config.log_format, config.log_x_forwarded_for)
+        self.all, self.format = not config.disable_logging, config.log_format
         self.next_second, self.date = 0.0, ''
         self.start, self.end = f'[pid: {os.getpid()}|app: 0|req: ', f'(1 switches on core {core})\n'
 
@@ -911,28 +908,26 @@ class RequestLog:
         if ended >= self.next_second:
             self.new_second(ended)
         self.total[0] = total = self.total[0] + 1
-        get, status, sent, head, headers = environ.get, response.status or '500', 0, 0, 0
+        get, status, sent, head, headers = environ.get, (response.status or '500')[:3], 0, 0, 0
         if response.sent:
             sent, head, headers = response.size, len(response.head), response.headers
         if not (self.all or self.is_wanted(status, sent, took * 1000)):
             return
-        address = get('REMOTE_ADDR', '')
-        if self.forwarded:
-            address = get('HTTP_X_FORWARDED_FOR') or address
+        address = self.config.log_x_forwarded_for and get('HTTP_X_FORWARDED_FOR') or get('REMOTE_ADDR', '')
         if self.format:
             line = self.formatted(environ, took, {
-                'wreq': requests, 'addr': address, 'status': status[:3], 'headers': headers, 'hsize': head,
-                'rsize': sent, 'size': head + sent, 'vars': 2 * variables, 'pktsize': size})
+                'wreq': requests, 'addr': address, 'status': status, 'headers': headers, 'hsize': head, 'rsize': sent,
+                'size': head + sent, 'vars': 2 * variables, 'pktsize': size})
         else:
             line = (f"{self.start}{requests}/{total}] {address} ({get('REMOTE_USER', '')}) "
                     f"{{{2 * variables} vars in {size} bytes}} [{self.date}] {get('REQUEST_METHOD', '')} "
                     f"{get('REQUEST_URI', '')} => generated {sent} bytes in {int(took * 1000)} msecs "
-                    f"({get('SERVER_PROTOCOL', '')} {status[:3]}) {headers} headers in {head} bytes {self.end}")
-        self.put_line(line.encode('latin-1', 'backslashreplace'))
+                    f"({get('SERVER_PROTOCOL', '')} {status}) {headers} headers in {head} bytes {self.end}")
+        self.file.put_line(line.encode('latin-1', 'backslashreplace'))
 
     def new_second(self, now):
         """Bring up to date what all lines of a second share, so that they call no clock; now: a time.monotonic()."""
-        self.log.follow_now_and_then()
+        self.file.follow_now_and_then()
         self.next_second = now + 1 - time.time() % 1
         self.date = time.ctime()                        # strftime() would heed the locale
 
@@ -1313,6 +1308,7 @@ class Expected:
 HEAD_MAX, LINE_MAX, FIELDS_MAX = 65536, 16384, 200      # bytes of a head, of its first line; lines after that
 TOKEN = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 HOST = frozenset("-._~%!$&'()*+,;=:[]0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+NO_FIRST_LINE = 'the first line is not METHOD TARGET HTTP/1.1'
 CONTROL = bytes((*range(9), *range(10, 32), 127))       # all but the tab
 SINGLE = frozenset(('CONTENT_LENGTH', 'CONTENT_TYPE', 'HTTP_HOST', 'HTTP_TRANSFER_ENCODING'))
 
@@ -1417,7 +1413,7 @@ def parse_start(start, environ):
     """Read a head up to ' HTTP/1.1' (bytes) into environ."""
     method, _, target = start.decode('latin-1').partition(' ')
     if not method or not TOKEN.issuperset(method):
-        raise BadRequest('the first line is not METHOD TARGET HTTP/1.1')
+        raise BadRequest(NO_FIRST_LINE)
     if ' ' in target or '#' in target or not target.isprintable() and ('\t' in target or controls(start)):
         raise BadRequest('a blank, a fragment or a control character in the target')
     environ['REQUEST_METHOD'], environ['REQUEST_URI'] = method, target
@@ -1426,6 +1422,13 @@ def parse_start(start, environ):
         path = target_path(method, path, environ)
     environ['PATH_INFO'] = path if '%' not in path else unquote(path)
     environ['QUERY_STRING'] = query
+
+
+def skip_empty_lines(data):
+    """Some clients end a body by one. A last \\r stays: it may be the half of one more."""
+    if data[:2] == b'\r\n':
+        data = data.lstrip(b'\r\n') or data[-1:].rstrip(b'\n')
+    return data
 
 
 def hopeless(data):
@@ -2589,8 +2592,8 @@ class KeptConnections:
         """It has had its response, and waits for the next request. One that has come already brings no event any
         more, but that there is room to write does."""
         seconds = self.config.http_timeout
-        if connection.data == b'\r\n':                  # some clients end a body so
-            connection.data = b''
+        if connection.data:
+            connection.data = skip_empty_lines(connection.data)
         if connection.data:
             events |= select.EPOLLOUT
             if b'\r\n\r\n' not in connection.data:      # a head has begun
@@ -2665,7 +2668,8 @@ class Core:
         self.response = Response(self.config)
         self.log = RequestLog(self.config, worker.request_log, worker.total, worker.number, number)
         self.ready, self.busy = [], False               # events that wait() has still to look at; did it see any?
-        self.buffers = [self.row.packet]
+        self.buffers = [self.row.packet]                # what preadv() wants
+        self.accepts = 0
         self.late = 0.0                                 # until then a client may have waited for too long
         self.template = {
             'REQUEST_METHOD': 'GET', 'SCRIPT_NAME': '', 'PATH_INFO': '', 'QUERY_STRING': '', 'SERVER_NAME': 'localhost',
@@ -2683,11 +2687,10 @@ class Core:
 
         What each request needs is a local variable; what is rare is in a method."""
         preadv, close, clock, nowait = os.preadv, os.close, time.monotonic, NOWAIT
-        memory, packet, numbers = self.row.memory, [self.row.packet], self.row.numbers
+        memory, buffers, numbers = self.row.memory, self.buffers, self.row.numbers
         response, application, expected = self.response, self.worker.application, self.expected
         start_response, logging, limit = response.start_response, self.worker.logging, self.worker.limit
         template, kept, requests, busy = self.template, self.kept, int(numbers[REQUESTS]), numbers[BUSY]
-        late = self.late
         start, start_end, started_environ, started_pieces, new_environ, all_pieces, planned = expected.plan
         while True:
             try:
@@ -2704,7 +2707,7 @@ class Core:
             environ, response.http = template, ''
             variables = size = 0
             try:
-                if began < late and hung_up(fd):        # it waited behind a slow request, perhaps for too long
+                if began < self.late and hung_up(fd):   # it waited behind a slow request, perhaps for too long
                     raise ClientGone(0, 'before its turn')
                 if kept and type(connection) is Connection:
                     size = connection.end + 4
@@ -2715,7 +2718,7 @@ class Core:
                     if not nowait:
                         os.set_blocking(fd, False)
                     try:
-                        got = preadv(fd, packet, -1, nowait)
+                        got = preadv(fd, buffers, -1, nowait)
                     except (BlockingIOError, ConnectionError):
                         got = 0
                     modifier1 = memory[0]
@@ -2724,7 +2727,7 @@ class Core:
                         got, end, modifier1 = self.receive(fd, got)
                     size = end - 4
 
-                    # Now environ.update(unpack_vars(block)), guessed: see Expected, or go on at `result`.
+                    # Now environ.update(unpack_vars(block)), guessed: see Expected, or go on at `job =`.
                     text = memory[:end].decode('latin-1')
                     simple = text[4:start_end] == start and not modifier1       # a GET without a query, as expected
                     if simple:
@@ -2759,18 +2762,17 @@ class Core:
             except BaseException as error:
                 self.failed(error)
             numbers[STARTED] = 0.0                      # harakiri isn't for what follows; it is for write() above
-            if job is not None or body is not None or response.ending:
-                self.let_go(fd, job, body, connection)
-            elif response.keep:
+            all_done = job is None and body is None and not response.ending
+            if all_done and response.keep:
                 kept.keep(connection)
-            elif response.http and connection.data:     # further requests, which nobody will read
-                self.let_go(fd, job, body, connection)
-            else:
+            elif all_done and not (response.http and connection.data):
                 close(fd)
+            else:
+                self.let_go(fd, job, body, connection)
             ended = clock()
             took = ended - began
             if took > 0.1:                              # others have waited meanwhile: are they still there?
-                late = self.late = ended + 10 * took    # so long it may take until all of them had their turn
+                self.late = ended + 10 * took           # so long it may take until all of them had their turn
             requests += 1
             busy += took
             numbers[REQUESTS], numbers[BUSY] = requests, busy
@@ -2888,7 +2890,7 @@ class Core:
         kept, claim = self.kept, self.kept.parked.pop
         while True:
             while self.ready:
-                fd, event = self.ready.pop()
+                fd, _ = self.ready.pop()
                 connection = claim(fd, None)
                 if connection is None:
                     listener = kept.listeners.get(fd)
@@ -2903,8 +2905,9 @@ class Core:
                         continue
                     finally:
                         self.busy = True
-                    if event < 16:                      # another one may wait: try without epoll_wait(), -1 us; but
-                        self.ready.insert(0, (fd, event + 1))       # it has to tell of the kept connections too
+                    self.accepts += 1
+                    if self.accepts % 16:               # another one may wait: try without epoll_wait(), -1 us; but
+                        self.ready.insert(0, (fd, 0))   # now and then it has to tell of the kept connections
                     if listener.protocol == 'uwsgi':
                         return new, address
                     connection = Connection(new, self.templates[fd], address)
@@ -2919,7 +2922,7 @@ class Core:
 
     def read_head(self, connection):
         """Take what came. Is a head whole, or hopeless? If not, the connection is parked, or closed."""
-        data, new, begun = connection.data, b'', connection.data != b''
+        data, new, begun = connection.data, b'', bool(connection.data)
         if b'\r\n\r\n' not in data:
             try:
                 new = self.row.memory[:os.preadv(connection.fd, self.buffers, -1, NOWAIT)]
@@ -2932,8 +2935,7 @@ class Core:
                 os.close(connection.fd)                 # epoll forgets it too
                 return False
             data += new
-        if data[:2] == b'\r\n':                         # some clients end a body so
-            data = data.lstrip(b'\r\n') or data[-1:].rstrip(b'\n')       # a last \r may be the half of one more
+        data = skip_empty_lines(data)
         connection.data, connection.end = data, data.find(b'\r\n\r\n')
         if connection.end < 0 and not hopeless(data):   # from its first byte on a head has socket-timeout in all
             seconds = self.config.socket_timeout if data else self.config.http_timeout
@@ -2952,7 +2954,7 @@ class Core:
         start_end = line_end - 9                        # where ' HTTP/1.1' begins
         if not (9 < line_end <= LINE_MAX and 0 <= end <= HEAD_MAX):
             head = data[:end + 4] if end >= 0 else data
-            raise BadRequest(*hopeless(head) or ('the first line is not METHOD TARGET HTTP/1.1',))
+            raise BadRequest(*hopeless(head) or (NO_FIRST_LINE,))
         fields = data[start_end:end + 2]
         if fields != connection.fields:
             connection.learn(fields)

@@ -6187,7 +6187,7 @@ class TestBadMachine:
         assert found == [b'%03d' % i for i in range(300)]
 
     def test_durations_are_measured_by_the_clock_that_does_not_jump(self):
-        """time.time() makes texts only: what people and browsers read, and a name for a file."""
+        """time.time() makes only texts that people and browsers read, and a file's name; and tells when one is old."""
         functions = re.findall(r'^ *def (\w+)(.*?)(?=^ *(?:def|class) |\Z)', SOURCE, re.M | re.S)
         uses = {name for name, body in functions if 'time.time()' in body}
         assert uses == {'magic', 'rotate_log', 'send_static', 'formatted', 'new_second', 'failed', 'http_headers',
