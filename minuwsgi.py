@@ -3525,6 +3525,7 @@ def catch_signals(pipe, starting=False):
     changed all this (asyncio does)."""
     def handler(number, _):
         if starting and number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+            catch_signals(pipe)                         # a second one must not break off the end
             raise Stopped
     signal.set_wakeup_fd(pipe, warn_on_full_buffer=False)
     for number in SIGNALS:
@@ -3631,7 +3632,7 @@ class Master:
         self.all_rows = [[Row() for _ in range(config.threads)] for _ in range(2 * config.processes + 2)]
         self.total = memoryview(mmap.mmap(-1, 4096)).cast('Q')
         self.now, self.wake = time.monotonic(), math.inf        # of a turn: when it began, when the next is due
-        self.stopping = 0                               # 1: gracefully, 2 and more: at once
+        self.stopping, self.echo_until = 0, 0.0         # 1: gracefully, 2 and more: at once; see stop()
         self.reload_wanted, self.proof = False, None    # proof: the pid of the child that tries a reload
         self.announced = False
         self.failures, self.not_before = 0, 0.0         # deaths in a row, and the end of the back-off
@@ -3687,8 +3688,11 @@ class Master:
                     child.numbers[LEAVING] = 1
 
     def stop(self, at_once=False):
-        """Once: when the requests at hand are finished; twice: at once."""
-        self.stopping += 1 + at_once
+        """Once: when the requests at hand are finished; twice: at once. But timeout(1), and others, tell a process and
+        then its group: what comes within half a second is the echo of the first."""
+        if self.now < self.echo_until and not at_once:
+            return
+        self.stopping, self.echo_until = self.stopping + 1 + at_once, self.now + 0.5
         busy = ''
         for child in self.children.values():
             child.told_at = min(child.told_at, self.now)
@@ -4341,6 +4345,9 @@ def start_and_run(config, start, owned):
         prepare(config)
         unwanted = bind(config, owned)
         drop_privileges(config)
+        for name in __file__, *(file for file, _ in config.files):
+            if not os.access(name, os.R_OK, dir_fd=start.directory):
+                log(f"warning: {name} can't be read with uid = {config.uid}: no reload will work until it can")
         code = 0
     except ConfigError as error:
         log(f'minuwsgi: {error}')

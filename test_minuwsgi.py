@@ -3688,13 +3688,23 @@ class TestStop:
     def test_quit_or_a_second_signal_stops_at_once(self, start, tmp, numbers):
         server = start(SLOW, 'vacuum = true')
         held = Held(server, tmp)
-        for i, number in enumerate(numbers):
-            server.kill(number)
-            if i + 1 < len(numbers):
-                server.wait_for('stopping')
+        server.kill(numbers[0])
+        server.wait_for('stopping')
+        wait_until(lambda: server.kill(numbers[-1]) or 'stopping at once' in server.log, 'the second one')
         assert server.wait() == 0 and not os.path.exists(server.socket)
         held.writer.close()
         held.connection.close()
+
+    def test_a_process_and_its_group_are_told_by_timeout_and_the_request_is_finished(self, start, tmp):
+        server = start(SLOW)
+        held = Held(server, tmp)
+        server.kill(signal.SIGTERM)
+        server.kill(signal.SIGINT)
+        server.kill(signal.SIGTERM)
+        server.wait_for('stopping')
+        select.select([], [], [], 0.2)                  # the others come meanwhile
+        assert held.release().body.startswith(b'done')
+        assert server.wait() == 0
 
     def test_a_request_without_end_is_killed_after_the_mercy(self, start):
         server = start(SLOW, 'worker-reload-mercy = 1')
@@ -3705,11 +3715,13 @@ class TestStop:
             assert 'had 1 s to finish' in server.wait_for('is killed')
         assert server.wait() == 0
 
-    def test_term_during_the_import_stops(self, start, tmp):
+    @pytest.mark.parametrize('numbers', [(signal.SIGTERM,), (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)])
+    def test_term_during_the_import_stops(self, start, tmp, numbers):
         os.mkfifo(tmp / 'fifo')
         server = start('open("fifo").read()\n' + HELLO, 'vacuum = true', ready=False)
         with open(tmp / 'fifo', 'w'):
-            server.kill(signal.SIGTERM)
+            for number in numbers:
+                server.kill(number)
             assert server.wait() == 0
         assert 'stopped while starting' in server.log and not os.path.exists(server.socket)
 
@@ -4421,6 +4433,21 @@ class TestDaemon:
         server.kill(signal.SIGHUP)
         server.wait_for('^ready', 2)
         assert server.stop() == 0 and not os.path.exists(server.socket)
+
+    @pytest.mark.skipif(os.getuid() != 0 or not os.path.exists('/usr/bin/python3'),
+        reason='needs root and /usr/bin/python3')
+    def test_files_that_the_uid_cannot_read_for_a_reload_are_told_at_the_start(self, start, tmp):
+        os.chmod(tmp, 0o777)
+        shutil.copy(MINUWSGI, tmp)
+        (tmp / 'sub').mkdir()
+        (tmp / 'secret.ini').write_text('[uwsgi]\nenv = PASSWORD=secret\n')
+        (tmp / 'secret.ini').chmod(0o600)
+        server = start(HELLO, 'ini = secret.ini\nuid = nobody\nchdir = sub\npythonpath = ..\nsocket = ../s',
+                       python='/usr/bin/python3')
+        assert 'secret.ini' in server.wait_for('no reload will work') and server.log.count('no reload will') == 1
+        server.kill(signal.SIGHUP)
+        assert server.wait_for('secret.ini: Permission denied') and server.wait_for('reload: failed')
+        assert server.ask().body == b'hello\n'
 
 
 AS_SYSTEMD = '''
