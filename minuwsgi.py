@@ -102,7 +102,7 @@ chdir | path | | go to this directory first
 chdir2 | path | | go to this directory when the application is loaded
 pythonpath pp python-path | path+ | | put this directory in front of sys.path (may hold *)
 virtualenv home venv pyhome -H | path | | run with the Python of this virtual environment
-env | text+ | | NAME=value for the application
+env | env+ | | NAME=value for the application
 import pyimport py-import python-import | word+ | | import this module before the application
 pyargv | text | | sys.argv[1:] for the application
 lazy-apps lazy | flag | false | load the application in each worker, not once before the fork
@@ -110,10 +110,10 @@ py-autoreload py-auto-reload python-autoreload python-auto-reload
     | seconds | 0 | look for changed modules in this interval, and reload
 worker-exec worker-exec2 | text | | run this command as the workers, the socket as its stdin
 Sockets
-socket -s | word+ | | listen here: path, host:port, :port, [v6]:port, @abstract, fd://N
+socket -s | address+ | | listen here: path, host:port, :port, [v6]:port, @abstract, fd://N
 protocol socket-protocol | protocol | uwsgi | what `socket` speaks: uwsgi or http
-uwsgi-socket | word+ | | speak the uwsgi protocol here
-http-socket http http11-socket httprouter | word+ | | speak HTTP/1.1 here
+uwsgi-socket | address+ | | speak the uwsgi protocol here
+http-socket http http11-socket httprouter | address+ | | speak HTTP/1.1 here
 chmod-socket chmod -C | octal | | mode of unix sockets (default 660; without a value 666)
 chown-socket | word | | owner of unix sockets: user or user:group
 umask | octal | | umask of the server and the application
@@ -123,7 +123,7 @@ socket-timeout -z | positive | 4 | seconds for the head of a request, and for a 
 http-timeout | positive | 60 | seconds for an idle client, or one that reads slowly while no worker waits
 limit-post | number | 0 | the largest request body in bytes (0: any)
 trust-proxy | network+ | | believe X-Forwarded-For and -Proto from this address, or network 10.0.0.0/8
-add-header | text+ | | a header for every response: Name: value
+add-header | header+ | | a header for every response: Name: value
 Processes
 master -M | flag | true | `false`: no fork, one process that serves, for a debugger
 processes workers -p | positive | 1 | how many workers
@@ -133,7 +133,7 @@ cheaper | number | 0 | how many workers there are at least; the rest come when n
 cheaper-initial | number | 0 | how many workers there are at the start
 cheaper-step | positive | 1 | how many workers are added at a time
 cheaper-overload | number | 3 | seconds of calm until one worker less, or, for backlog, waiting connections
-cheaper-algo | word | spare | spare: more when all are busy; backlog: when too many connections wait
+cheaper-algo | algorithm | spare | spare: more when all are busy; backlog: when too many connections wait
 idle | seconds | 0 | seconds without a request, for `die-on-idle`
 die-on-idle | flag | false | end the server then; with socket activation it comes back
 uid | word | | user to become when the sockets are bound
@@ -167,7 +167,7 @@ logger | log+ | | log to file:PATH or stdio
 req-logger logger-req | log+ | | the same for the lines of requests alone
 log-maxsize | number | 0 | rename the log when it has so many bytes, and start a new one
 log-backupname | path | | name for it then (default: the time is added)
-log-date logdate | text | | put the time before each line (true, or a strftime format)
+log-date logdate | text | | put the time before each line: true, or a strftime format (in a file %%d, not %d)
 log-format logformat | text | | format of the lines of requests, with %(uri), %(status) …
 log-x-forwarded-for | flag | false | log the address in X-Forwarded-For
 disable-logging -L | flag | false | no line for each request
@@ -176,7 +176,7 @@ log-5xx | flag | false | but for those that failed with 5xx
 log-slow | number | 0 | but for those that took so many milliseconds
 log-zero | flag | false | but for those with an empty response
 log-big | number | 0 | but for those with a response of so many bytes
-stats stats-server | word | | give the state of the workers as JSON here
+stats stats-server | address | | give the state of the workers as JSON here
 stats-http | flag | false | over HTTP
 Static files, CGI, other languages
 static-map | pair+ | | /prefix=directory or file
@@ -300,18 +300,25 @@ KINDS = {
                 lambda time: 0 <= time < 1e9),
     'octal': ('an octal mode such as 660', lambda text: 0o666 if text == '1' or BOOLEANS.get(text.lower()) else
               int(text, 8), lambda mode: 0 <= mode <= 0o777),
+    'algorithm': ('spare or backlog', lambda text: 'backlog' if text == 'backlog' else 'spare', None),
     'protocol': ('uwsgi or http', lambda text: text.replace('http11', 'http'), lambda name: name in ('uwsgi', 'http')),
     'network': ('an address or a network such as 10.0.0.0/8',
                 lambda text: __import__('ipaddress').ip_network(text, strict=False), None),
     'pair': ('name=value', str, lambda pair: pair.find('=') > 0),
+    'env': ('NAME=value', str, lambda pair: pair.find('=') > 0),
+    'header': ('Name: value', str, lambda line: line.find(':') > 0),
     'path': ('a path', lambda text: text or None, None),
-    'word': ('a name or an address', lambda text: text or None, None),
-    'log': ('file:PATH or stdio', lambda text: text.partition('file:')[2] or None, None),
+    'word': ('a name', lambda text: text or None, None),
+    'address': ('a path or host:port', lambda text: text or None, None),
+    'log': ('file:PATH or stdio', lambda text: text.partition('logfile=')[2].partition(',')[0]
+            or text.partition('file:')[2] or None, None),
     'text': ('any text', str, None)}
 
 # What uWSGI takes literally and nobody means.
 DOUBTS = {'{{': "a template that wasn't filled in", '$(': 'there is no such variable in the environment',
-          '$': 'variables of the environment are written $(NAME)'}
+          '$': 'variables of the environment are written $(NAME)', '%(': 'there is no such option or variable',
+          '~/': 'nothing puts your home directory here, write it out'}
+LITERAL = 'text', 'env', 'header'       # kinds whose values may hold anything
 
 
 class Option:
@@ -326,16 +333,19 @@ class Option:
 
     def read(self, value, doubts):
         """The value for the attribute; an exception if it can't be meant. What is odd about it is added to doubts."""
-        doubts += [doubt for mark, doubt in DOUBTS.items() if mark in value and self.kind != 'text'][:1]
+        doubts += [doubt for mark, doubt in DOUBTS.items() if mark in value and self.kind not in LITERAL][:1]
         if value[:1] in ('"', "'") and value[-1:] == value[:1] and self.kind != 'text':
             doubts.append('the quotes are a part of the value; leave them out')
         boolean, numeric = value.lower() in BOOLEANS, self.kind in ('number', 'positive', 'seconds')
         result = self.default or 0 if numeric and boolean else self.convert(value)
         if self.allowed and not self.allowed(result):
             raise ValueError
-        if (boolean and self.kind in ('path', 'word') or numeric and str(result) != value
+        if self.kind == 'address' and value.isdecimal():
+            doubts.append(f'this is a path; a port is written :{value}')
+        if (boolean and self.kind in ('path', 'word', 'address')
+                or (numeric or self.kind == 'algorithm') and str(result) != value
                 or self.kind == 'flag' and not boolean and not value.isdecimal()
-                or self.kind == 'log' and not result and 'stdio' not in value):
+                or self.kind == 'log' and value not in ('stdio', f'file:{result}')):
             doubts.append(f'{self.expected} is expected; ' + ('left out' if result is None else f'taken as {result}'))
         return result
 
@@ -343,6 +353,8 @@ class Option:
 ROWS = [Option(group, *cells) for group, cells in table(OPTIONS)]
 BY_NAME = {name: option for option in ROWS for name in option.names}
 PATTERNS = [(pattern, fate, reason) for fate, (names, reason) in table(FATES) for pattern in names.split()]
+
+NAMED = {pattern for pattern, _, _ in PATTERNS}
 
 
 def glob_sorted(pattern):
@@ -366,7 +378,10 @@ def substitute(opening, value, replacement):
 def read_file(name):
     """The content of a file, less one line end."""
     with open(name, encoding='utf-8-sig', errors='surrogateescape') as file:
-        return file.read().removesuffix('\n')
+        text = file.read()
+    if '\0' in text:
+        raise ValueError('this is no text in UTF-8; save it as such')
+    return text.removesuffix('\n')
 
 
 def read_if_there(name):
@@ -390,8 +405,8 @@ def magic(text, first, this):
 
 
 def sections_of(file, text):
-    """{section: [(name, value, where)]} of an INI file."""
-    sections, lines = {}, []                            # what stands in front of a section counts for nothing
+    """{section: [(name, value, where)]} of an INI file; None stands for what is in front of the first section."""
+    sections = {None: (lines := [])}
     for number, line in enumerate(map(str.strip, text.split('\n')), 1):
         if line[:1] == '[':
             lines = sections.setdefault(line[1:].partition(']')[0].strip(), [])
@@ -430,12 +445,14 @@ def describe(name, value=''):
     import difflib
     kind, reason = fate(name, value)
     first, _, rest = name.partition(' ')
-    if rest and first.rstrip(':') in BY_NAME:
+    nearly = [one for one in ('-'.join(name.lower().replace('_', '-').split()), name.rstrip(' :')) if one in BY_NAME]
+    if rest and first.rstrip(':') in BY_NAME and not nearly:
         text = f'{rest.strip()}={value}' if value else rest.strip()
         return f"there is no '=' behind the name: write {first.rstrip(':')} = {text}"
     known = [*BY_NAME, *(pattern for pattern, fate, _ in PATTERNS if fate != 'unknown' and pattern[-1] != '*')]
-    meant = ([long for long, short in zip(known, known[1:]) if short == f'-{name}']
-             or difflib.get_close_matches(first, known, 1, 0.9 if reason else 0.75)
+    similar = [one for one in known if one[:1] == first[:1]]
+    meant = (nearly or [long for long, short in zip(known, known[1:]) if short == f'-{name}']
+             or difflib.get_close_matches(first, similar, 1, 0.9 if reason else 0.75)
              or [long for long in known if name and long.startswith(f'{name}-')])
     hint = f", did you mean '{meant[0]}'?" if meant and meant[0] != name else ''
     if reason:
@@ -493,11 +510,12 @@ class Setting:
         self.name, self.value, self.where = name, value, where
         self.fate, self.reason = fate(name, value)
         self.warnings, self.errors = [], []
-        literal = name in BY_NAME and BY_NAME[name].kind == 'text' or is_secret(name)
+        literal = name in BY_NAME and BY_NAME[name].kind in LITERAL or is_secret(name)
         words = value.split()
-        kept = list(itertools.takewhile(lambda word: word[0] not in ';#', words))
+        kept = ' '.join(itertools.takewhile(lambda word: word[0] not in ';#', words)).rstrip(';').split()
         if kept != words and self.fate in ('used', 'unknown') and not literal:
-            self.value, comment = ' '.join(kept), ' '.join(words[len(kept):])       # uWSGI keeps it in the value
+            self.value = ' '.join(kept)                 # uWSGI keeps it in there
+            comment = ' '.join(words).removeprefix(self.value).strip()
             self.warnings.append(f'{name}: a comment needs a line of its own, {comment!r} is left out')
 
 
@@ -507,6 +525,7 @@ class Config:
     def __init__(self, arguments):
         self.settings, self.files = [], []              # all lines in order; (file, section) of all that was read
         self.variables, self.setters = set(), {}        # names in a %(...); option -> the setting that set it
+        self.directory = os.getcwd()
         vars(self).update((option.attribute, option.default) for option in ROWS)
         self.take((name[6:].lower().replace('_', '-'), value, f'environment {name}')
                   for name, value in os.environ.items() if name.startswith('UWSGI_'))
@@ -517,20 +536,43 @@ class Config:
         for setting in sorted(self.settings, key=lambda setting: setting.where == COMMAND_LINE):    # it wins
             self.judge(setting)
             self.use(setting)
+        self.compare()
         self.warnings = list(dict.fromkeys(f'{s.where}: {text}' for s in self.settings for text in s.warnings))
         self.errors = list(dict.fromkeys(f'{s.where}: {text}' for s in self.settings for text in s.errors))
         if self.strict:
             self.errors += [f'{s.where}: {s.warnings[-1]} (strict)' for s in self.settings if s.fate == 'unknown']
         if self.processes * self.threads > 10000:
             self.errors.append(f'processes = {self.processes}, threads = {self.threads}: 10000 in all are the most')
-        path = self.daemonize or self.logto or (self.logger[-1] if self.logger else None)
-        self.logto = path and os.path.abspath(path)     # before chdir, as in uWSGI
+        self.logto = self.logto and os.path.abspath(self.logto)         # before chdir, as in uWSGI
         self.pidfile = self.pidfile and os.path.abspath(self.pidfile)
         self.req_logger = [os.path.abspath(path) for path in self.req_logger]
 
-    def where(self, value):
-        """'site.ini:3: ' for a value that stands in a line, for messages."""
-        return next((f'{s.where}: ' for s in self.settings if s.value == value and s.fate == 'used'), '')
+    def compare(self):
+        """What options make of each other."""
+        self.logto = self.daemonize or self.logto or (self.logger[-1] if self.logger else None)
+        for setting in self.settings:
+            one = BY_NAME.get(setting.name) in (BY_NAME['daemonize'], BY_NAME['logto'], BY_NAME['logger'])
+            if one and self.logto and self.logto not in setting.value and not setting.reason:
+                setting.warnings.append(f'{setting.name} does nothing: there is one log, and that is {self.logto}')
+        if self.module and self.wsgi_file:
+            self.setters[BY_NAME['wsgi-file']].warnings.append('wsgi-file does nothing beside module')
+        if self.cheaper >= self.processes:
+            self.setters[BY_NAME['cheaper']].warnings.append(
+                f'cheaper does nothing: {self.cheaper} has to be lower than processes = {self.processes}')
+
+    def where(self, value, *names):
+        """'site.ini:3: ', for messages: where a value stands, as that of one of these options (or of any)."""
+        return next((f'{s.where}: ' for s in self.settings
+                     if value in (s.value, os.path.join(self.directory, s.value.removeprefix('file:')))
+                     and s.name in (names or BY_NAME)), '')
+
+    @contextlib.contextmanager
+    def named(self, value, *names):
+        """An error within says where this value stands."""
+        try:
+            yield
+        except (ConfigError, AppError) as error:
+            raise type(error)(f'{self.where(value, *names)}{error}') from None
 
     def take(self, lines):
         """Take lines (name, value, where); those that a line brings come next."""
@@ -553,11 +595,14 @@ class Config:
         """The lines up to the end of an if or for, once for each text that %(_) stands for."""
         body, file = [], setting.where.rpartition(':')[0]
         for name, _, where in tuple(lines):
-            if name in ENDS or where.rpartition(':')[0] != file:
+            place, _, line = where.rpartition(':')
+            if name in ENDS or place != file:
                 break
             body.append(lines.popleft())
             if name in BLOCKS:
-                setting.errors.append(f'{name} within another block: there are no nested blocks')
+                setting.errors.append(f'{name} in line {line} within another block: there are no nested blocks')
+            elif name == 'else':
+                setting.errors.append(f'there is no else (line {line}): write a second block, with if-not-')
         if not lines or lines[0][0] not in ENDS:
             setting.warnings.append('a block has no end; it ends with the file')
         texts = self.texts_of_block(setting)
@@ -579,7 +624,7 @@ class Config:
         """The lines of the section [uwsgi] of a file, or of another: file:section, :section (of the last file)."""
         file, section = self.fill(setting.value), 'uwsgi'
         if not os.path.exists(file) and ':' in file and '://' not in file:
-            file, _, section = file.rpartition(':')
+            file, _, section = file.partition(':')
             file = file or (self.files[-1][0] if self.files else '')
         if (file, section) in self.files:
             setting.warnings.append(f'{file}:{section} was read already')
@@ -597,9 +642,15 @@ class Config:
         for rest in text.split('%(')[1:]:
             self.variables.update(rest.partition('\n')[0].replace('(', ' ').replace(')', ' ').split())
         sections = sections_of(file, text)
+        stray = sections.pop(None)
         if section not in sections:
-            others = ', '.join(f'{file}:{name}' for name in sections) or 'another file'
-            setting.warnings.append(f'{file}: there is no section [{section}], try {others}')
+            others = ', '.join(f'{file}:{name}' for name in sections)
+            others = f'try {others}' if others else f'put a line [{section}] in front of its options'
+            setting.warnings.append(f'{file}: there is no section [{section}], {others}')
+        elif stray:
+            name, _, where = stray[0]
+            setting.warnings.append(f'{where}: {name!r} and what follows stand in front of the first section, and do '
+                                    'nothing')
         return sections.get(section, [])
 
     def first(self, name):
@@ -635,7 +686,8 @@ class Config:
     def judge(self, setting):
         """The final fate of a line, now that all names in %(...) are known."""
         dashed = setting.name.replace('_', '-')
-        if setting.fate == 'unknown' and (setting.name in self.variables or setting.where.startswith('environment')):
+        guessed = setting.fate == 'unknown' or setting.fate == 'unsupported' and setting.name not in NAMED
+        if guessed and (setting.name in self.variables or setting.where.startswith('environment')):
             setting.fate, setting.reason = 'variable', ''
         elif setting.fate == 'unknown' and fate(dashed)[0] != 'unknown':
             setting.warnings.append(f"'{setting.name}' is written '{dashed}'")
@@ -650,12 +702,12 @@ class Config:
         value = setting.value = self.fill(setting.value, (name,))
         if not option:
             return
-        result, doubts = None, []
+        result, doubts, shown = None, [], '***' if name == 'env' else value
         try:
             result = option.read(value, doubts)
         except (TypeError, ValueError):
-            setting.errors.append(f"'{name} = {value}': {option.expected} is expected")
-        setting.warnings += [f'{name} = {value}: {doubt}' for doubt in doubts]
+            setting.errors.append(f"'{name} = {shown}': {option.expected} is expected")
+        setting.warnings += [f'{name} = {shown}: {doubt}' for doubt in doubts]
         if '@(' in value:
             setting.errors.append(f'{name} = {value}: there is no such file to read, and nothing is run; '
                                   'set a variable before the start and use $(VARIABLE)')
@@ -975,22 +1027,44 @@ with contextlib.suppress(OSError), open('/proc/sys/net/core/somaxconn') as somax
 def vacuum(config, owned):
     """The option vacuum: remove the files of what we own, listeners and the pidfile."""
     for one in owned if config.vacuum else ():
-        one.vacuum()
+        try:
+            one.vacuum()
+        except FileNotFoundError:
+            pass
+        except OSError as error:                        # it was made by root, and we aren't any more
+            log(f"vacuum: {one.address} can't be removed: {error.strerror}")
 
 
 def owner(names):
     """(uid, gid) for 'user', 'user:group' or ':group', by name or number; -1 leaves one as it is."""
     import grp
     import pwd
+
+    def number(name, look_up, what):
+        with contextlib.suppress(KeyError):
+            found = int(name) if name.isdecimal() else look_up(name)[2] if name else -1
+            if found < 0xffffffff:
+                return found
+        raise ConfigError(f'there is no {what} {name!r}')
     user, _, group = names.partition(':')
-    try:
-        uid = int(user) if user.isdecimal() else pwd.getpwnam(user).pw_uid if user else -1
-        gid = int(group) if group.isdecimal() else grp.getgrnam(group).gr_gid if group else -1
-        if max(uid, gid) > 0xfffffffe:
-            raise KeyError
-    except KeyError:
-        raise ConfigError(f"{names.strip(':')}: there is no such user or group") from None
+    return number(user, pwd.getpwnam, 'user'), number(group, grp.getgrnam, 'group')
+
+
+def user_and_group(config):
+    """(uid, gid) of the options with these names."""
+    with config.named(config.uid, 'uid'):
+        uid, _ = owner(config.uid or '')
+    with config.named(config.gid, 'gid'):
+        _, gid = owner(f':{config.gid or ""}')
     return uid, gid
+
+
+def socket_owner(config):
+    """(uid, gid) for the files of sockets."""
+    if not config.chown_socket:
+        return (-1, -1) if os.getuid() else user_and_group(config)      # as others they are ours already
+    with config.named(config.chown_socket, 'chown-socket'):
+        return owner(config.chown_socket)
 
 
 def parse_address(address):
@@ -1006,6 +1080,10 @@ def parse_address(address):
         return 'fd', int(number)
     if slashes:
         why = 'write host:port, a path, or fd://3 for a descriptor'
+    elif name[:1] == '=':
+        why = 'a number of a shared-socket; write its address here'
+    elif ',' in host:
+        why = 'one address for each line'
     elif colon and port.isdecimal() and int(port) < 65536:
         return 'tcp', (host.strip('[]'), int(port))
     elif colon:
@@ -1014,6 +1092,8 @@ def parse_address(address):
         why = f'there is no directory {os.path.dirname(path)}'
     elif len(os.fsencode(path)) > 107:
         why = 'path too long: 107 bytes are the most'
+    elif os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
+        why = "there is a file of that name that isn't a socket"
     else:
         return 'unix', path
     raise ConfigError(f"can't bind {address}: {why}")
@@ -1030,11 +1110,9 @@ def holder(probe):
 
 
 def remove_stale_socket(path):
-    """Make way for bind(): remove a socket that nobody listens on, and nothing else."""
+    """Make way for bind(): remove a socket that nobody listens on; parse_address() refuses other files."""
     if not os.path.lexists(path):
         return
-    if not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise FileExistsError("there is a file of that name that isn't a socket")
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(1)
         try:
@@ -1086,14 +1164,13 @@ class Listener:
             os.umask(before)
         status = os.lstat(path)
         self.inode = status.st_dev, status.st_ino
-        names = config.chown_socket or f'{config.uid or ""}:{config.gid or ""}'
         try:
-            if names != ':':
-                os.lchown(path, *owner(names))          # of a link itself, if somebody put one there
-        except (OSError, ConfigError) as error:
+            if config.socket_owner != (-1, -1):
+                os.lchown(path, *config.socket_owner)   # of a link itself, if somebody put one there
+        except OSError:
             os.unlink(path)
-            why = str(error) if isinstance(error, ConfigError) else 'only root may, and for a group its members'
-            raise ConfigError(f"{path} can't be given to {names}: {why}") from None
+            raise ConfigError(f"{path} can't be given to {config.chown_socket or config.uid}: only root may, and for a "
+                              'group its members') from None
 
     def bind_tcp(self, host, port):
         found = socket.getaddrinfo(host or '0.0.0.0', port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -1118,7 +1195,7 @@ class Listener:
 
     def vacuum(self):
         """Remove the socket's file if it is still the one that was bound here."""
-        with contextlib.suppress(OSError):
+        if self.inode:
             status = os.lstat(self.name)
             if (status.st_dev, status.st_ino) == self.inode:
                 os.unlink(self.name)
@@ -3261,7 +3338,7 @@ def find_callable(module, attribute, where):
             found = getattr(found, part)
     except AttributeError:
         there = [n for n in ('application', 'app', 'create_app') if callable(getattr(module, n, None))]
-        hint = f'; it has {there[0]!r}: set callable = {there[0]}' if there else ''
+        hint = f'; it has {there[0]!r}: write {where}:{there[0]}' if there else ''
         raise AppError(f'{where} has no {name!r}{hint}') from None
     found = found() if name != attribute else found
     if not callable(found):
@@ -3270,13 +3347,11 @@ def find_callable(module, attribute, where):
 
 
 def load(spec, attribute, is_file):
-    """The application of `module`, `module:attribute` or of a file."""
-    if is_file:
-        return find_callable(import_file(spec), attribute, spec)
+    """The application of a module or a file, `spec` or `spec:attribute`."""
     name, _, its_own = spec.partition(':')
-    if not name or '/' in name or name.endswith('.py'):
+    if not is_file and (not name or '/' in name or name.endswith('.py')):
         raise AppError(f'{spec!r} is no module; for a file: wsgi-file = FILE')
-    return find_callable(import_module(name), its_own or attribute, name)
+    return find_callable((import_file if is_file else import_module)(name), its_own or attribute, name)
 
 
 def nothing_mounted(environ, start_response):
@@ -3302,17 +3377,23 @@ def load_application(config):
     if command:
         return check_command(command, config)
     for name in getattr(config, 'import'):
-        import_module(name)
+        with config.named(name, *BY_NAME['import'].names):
+            import_module(name)
     mounts, application = {}, None
     for mount in config.mount:
-        prefix, _, spec = mount.partition('=')
-        mounts[prefix.rstrip('/')] = load(spec, config.callable, spec.endswith(('.py', '.wsgi')))
+        prefix, _, spec = map(str.strip, mount.partition('='))
+        with config.named(mount, 'mount'):
+            mounts[prefix.rstrip('/')] = load(spec, config.callable, spec.partition(':')[0].endswith(('.py', '.wsgi')))
     if config.module or config.wsgi_file:
-        application = load(config.module or config.wsgi_file, config.callable, not config.module)
+        spec = config.module or config.wsgi_file
+        with config.named(spec, *BY_NAME['module'].names, *BY_NAME['wsgi-file'].names):
+            application = load(spec, config.callable, not config.module)
     if config.cgi:
         application = cgi_application(config, application)
     if mounts:
-        mounts.setdefault('', nothing_mounted if application is None else application)
+        if application is None:                         # as in uWSGI, the first one answers then
+            application = nothing_mounted if config.manage_script_name else next(iter(mounts.values()))
+        mounts.setdefault('', application)
         application = mounted(mounts, config.manage_script_name)
     if application is None:
         raise AppError('no application is named: set module = package.module:callable or wsgi-file = FILE')
@@ -3320,7 +3401,8 @@ def load_application(config):
         try:
             os.chdir(config.chdir2)
         except OSError as error:
-            raise AppError(f'chdir2 = {config.chdir2}: {error.strerror}') from None
+            where = config.where(config.chdir2, 'chdir2')
+            raise AppError(f'{where}chdir2 = {config.chdir2}: {error.strerror}') from None
     return with_static_files(config, application)
 
 
@@ -3329,7 +3411,7 @@ def load_or_log(config):
     try:
         return load_application(config)
     except AppError as error:
-        log(f'minuwsgi: {config.where(config.module or config.wsgi_file)}{error}')
+        log(f'minuwsgi: {error}')
     except (Exception, SystemExit):
         log_exception('minuwsgi: the application failed to load')
 
@@ -3960,7 +4042,7 @@ class Master:
         worker.handle_signals()                         # the application may have set others meanwhile
         if not master:
             signal.signal(signal.SIGINT, worker.on_stop)
-            for name in 'harakiri', 'stats', 'touch_reload', 'max_worker_lifetime':
+            for name in 'harakiri', 'stats', 'touch_reload', 'max_worker_lifetime', 'py_autoreload':
                 if getattr(self.config, name):
                     log(f"{name.replace('_', '-')} needs a master: it does nothing with master = false")
             log('ready: this process serves, without a master')
@@ -4119,7 +4201,10 @@ def prepare(config):
         try:
             os.environ[name.strip()] = value.strip()
         except (OSError, ValueError):
-            raise ConfigError(f'{config.where(item)}env = {item}: NAME=value is expected') from None
+            raise ConfigError(f'{config.where(item, "env")}env = {name}: NAME=value is expected') from None
+        if name[:6] == 'PYTHON' and name not in ('PYTHONPATH', 'PYTHONUNBUFFERED'):
+            log(f'warning: {config.where(item, "env")}{name} is only read when Python starts: set it before that')
+    time.tzset()                                        # TZ may be one of them
     for kind, limit in (resource.RLIMIT_NOFILE, config.max_fd), (resource.RLIMIT_AS, config.limit_as << 20):
         hard = resource.getrlimit(kind)[1]
         try:
@@ -4131,9 +4216,11 @@ def prepare(config):
         try:
             os.chdir(config.chdir)
         except OSError as error:
-            raise ConfigError(f'{config.where(config.chdir)}chdir = {config.chdir}: {error.strerror}') from None
+            where = config.where(config.chdir, 'chdir')
+            raise ConfigError(f'{where}chdir = {config.chdir}: {error.strerror}') from None
     sys.path.insert(0, os.getcwd())
-    for directory in reversed(config.pythonpath):
+    added = [item[11:].split(':') for item in config.env if item.startswith('PYTHONPATH=')][-1:]
+    for directory in reversed((*config.pythonpath, *itertools.chain(*added))):
         sys.path[:0] = [os.path.abspath(found) for found in glob_sorted(directory) or [directory]]
     sys.argv[1:] = config.pyargv.split() if config.pyargv else []
     sys.modules.setdefault('minuwsgi', sys.modules[__name__])       # `module = minuwsgi:demo` is this file
@@ -4141,7 +4228,7 @@ def prepare(config):
 
 def enter_python(config, start):
     """Go on as the Python of `virtualenv`, unless this is it."""
-    directory = os.path.abspath(config.virtualenv or sys.prefix)
+    directory = os.path.abspath(os.path.join(config.chdir or '', config.virtualenv or sys.prefix))
     tried = os.environ.pop('MINUWSGI_VIRTUALENV', None) == directory
     if os.path.realpath(sys.prefix) == os.path.realpath(directory):
         return
@@ -4151,8 +4238,8 @@ def enter_python(config, start):
             os.execve(python, [python, *start.program, *sys.argv[1:]], {**os.environ, 'MINUWSGI_VIRTUALENV': directory})
     except OSError as error:
         why = f"can't run its bin/python, {error.strerror}"
-    raise ConfigError(f'{config.where(config.virtualenv)}virtualenv = {directory}: {why}; make one with: '
-                      f'python3 -m venv {directory}')
+    where = config.where(config.virtualenv, *BY_NAME['virtualenv'].names)
+    raise ConfigError(f'{where}virtualenv = {directory}: {why}; make one with: python3 -m venv {directory}')
 
 
 NO_SOCKET = 'no socket is named: set socket = PATH or http-socket = :8000'
@@ -4178,9 +4265,8 @@ class Pidfile:
             raise ConfigError(f"pidfile = {address}: can't write it: {error.strerror}") from None
 
     def vacuum(self):
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.stat(self.address), os.fstat(self.socket.fileno())):
-                os.unlink(self.address)
+        if os.path.samestat(os.stat(self.address), os.fstat(self.socket.fileno())):
+            os.unlink(self.address)
 
 
 def known_as(name):
@@ -4200,18 +4286,25 @@ def activated():
 
 def own(config, owned, address, protocol, inode=None, fd=None):
     """Bind an address, or create the pidfile; or, with a descriptor, go on with what is there already."""
-    try:
+    with config.named(address):
         owned.append((Pidfile if protocol == 'pidfile' else Listener)(address, protocol, config, fd, inode))
-    except ConfigError as error:
-        raise ConfigError(f'{config.where(address)}{error}') from None
+
+
+def addresses(config):
+    """[(address, protocol)] of what the options name, the pidfile too."""
+    names = [(address, protocol) for protocol, addresses in (
+        (config.protocol, config.socket), ('uwsgi', config.uwsgi_socket), ('http', config.http_socket),
+        ('stats', [config.master and config.stats]), ('pidfile', [config.pidfile])) for address in addresses if address]
+    for address, times in collections.Counter(address for address, _ in dict.fromkeys(names)).items():
+        if times > 1:
+            raise ConfigError(f'{config.where(address)}{address} is named twice, and can only speak one protocol')
+    return names
 
 
 def bind(config, owned):
     """Own what the options name, listeners and the pidfile. What they name no more, for disown()."""
-    names = [(address, protocol) for protocol, addresses in (
-        (config.protocol, config.socket), ('uwsgi', config.uwsgi_socket), ('http', config.http_socket),
-        ('stats', [config.master and config.stats]), ('pidfile', [config.pidfile])) for address in addresses if address]
-    given = activated()
+    names, given = addresses(config), activated()
+    config.socket_owner = socket_owner(config)
     wanted = {name: next((given.pop(one) for one in known_as(name[0]) if one in given), None) for name in names}
     wanted.update({(f'fd://{fd}', config.protocol): fd for fd in given.values() if f'fd://{fd}' not in dict(names)})
     before = {(one.address, one.protocol) for one in owned}
@@ -4245,7 +4338,7 @@ def drop_privileges(config):
     import pwd
     if not (os.getuid() or config.uid):
         log('warning: the application runs as root, and so does whoever finds a hole in it: set uid and gid')
-    uid, gid = owner(f'{config.uid or ""}:{config.gid or ""}')
+    uid, gid = user_and_group(config)
     if uid in (-1, os.getuid()) and gid in (-1, os.getgid()):
         return
     __import__('traceback')                             # for log_exception(): later it may not be ours to read
@@ -4262,7 +4355,9 @@ def drop_privileges(config):
         if uid >= 0:
             os.setuid(uid)
     except (OSError, OverflowError) as error:
-        raise ConfigError(f'uid, gid: {error}; only root can become another user') from None
+        if not os.getuid():
+            raise ConfigError(f'uid, gid: {error}') from None
+        log('warning: uid and gid do nothing: only root can become another user')
     if uid > 0 and 0 in os.getresuid():
         raise ConfigError('uid: the privileges of root could not be dropped')
 
@@ -4273,9 +4368,10 @@ def check(config):
     show_config(config)
     errors, sockets = list(config.errors), config.socket + config.uwsgi_socket + config.http_socket
     for path in config.pidfile, config.logto, *config.req_logger:
-        if path and not os.path.isdir(os.path.dirname(path)):
-            errors.append(f'{config.where(path)}{path}: there is no such directory')
-    trials = [(prepare, config), (owner, config.chown_socket or '')]
+        if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path))):
+            why = 'is a directory' if os.path.isdir(path) else 'there is no such directory'
+            errors.append(f'{config.where(path)}{path}: {why}')
+    trials = [(prepare, config), (socket_owner, config), (addresses, config)]
     trials += [(parse_address, address) for address in (*sockets, config.stats) if address]
     trials += [(drop_privileges, config)] if config.uid or config.gid else []
     for trial, what in trials:
@@ -4314,15 +4410,17 @@ def open_logs(config, start, reloaded):
     printed = Log(1)
     for one in main_log, printed:
         if config.logto and not reloaded:               # after a reload it may not be ours to open
-            one.open_file(config.logto)                 # even if it is that file already: perhaps not to its end
+            with config.named(config.logto):
+                one.open_file(config.logto)             # even if it is that file already: perhaps not to its end
         one.path = config.logto
     sys.stdout = io.TextIOWrapper(printed, 'utf-8', 'backslashreplace', line_buffering=True)
     sys.stderr = io.TextIOWrapper(main_log, 'utf-8', 'backslashreplace', line_buffering=True)
     follow_logs()
     for name in config.req_logger if not reloaded else ():
-        fresh, fd = not os.path.lexists(name), open_to_append(name)
+        with config.named(name):
+            fresh, fd = not os.path.lexists(name), open_to_append(name)
         if fresh and not os.getuid():
-            os.fchown(fd, *owner(f'{config.uid or ""}:{config.gid or ""}'))         # who opens it in the workers
+            os.fchown(fd, *user_and_group(config))      # who opens it in the workers
         os.close(fd)
     log(f"minuwsgi {__version__}, Python {sys.version.split()[0]}, pid {os.getpid()}{', reloaded' * reloaded}")
     for text in config.print:
@@ -4423,17 +4521,18 @@ def configure_and_serve(arguments):
 def main(arguments):
     """Run the command line; the exit code."""
     try:
-        if not arguments or '--help' in arguments or '-h' in arguments:
+        nothing = not arguments and not any(name.startswith('UWSGI_') for name in os.environ)
+        if nothing or '--help' in arguments or '-h' in arguments:
             print(usage())
-            if not arguments:
+            if nothing:
                 raise ConfigError('an application is expected, or an INI file; for a first look: '
                                   'python3 minuwsgi.py minuwsgi:demo --http-socket :8000')
             return 0
         if '--version' in arguments:
             return print(__version__)
-        if arguments[0] == '--curl':
+        if arguments[:1] == ['--curl']:
             return curl(*arguments[1:3])
-        if arguments[0] in ('--stop', '--reload'):
+        if arguments[:1] in (['--stop'], ['--reload']):
             return send_signal(*arguments[:2])
         return configure_and_serve(arguments)
     except ConfigError as error:

@@ -588,7 +588,27 @@ def test_a_value_is_converted(tmp, line, attribute, expected):
     ('ini = exec://cat', "can't read exec://cat: No such file or directory; only files can be read"),
     *((f'chdir = @({name})', f'chdir = @({name}): there is no such file to read, and nothing is run; '
        'set a variable before the start and use $(VARIABLE)') for name in ('/nope', 'exec://pwd')),
-    ('if-env = HOME\nif-env = PATH\nendif', 'if-env within another block: there are no nested blocks'),
+    ('if-env = HOME\nthreads = 2\nelse = 1\nthreads = 3\nendif',
+     'there is no else (line 4): write a second block, with if-not-'),
+    ('module = app;', "module: a comment needs a line of its own, ';' is left out"),
+    ('chdir = %(base)/x', 'chdir = %(base)/x: there is no such option or variable'),
+    ('home = ~/venv', 'home = ~/venv: nothing puts your home directory here, write it out'),
+    ('http-socket = 8000', 'http-socket = 8000: this is a path; a port is written :8000'),
+    ('env = "A=b"', 'env = ***: the quotes are a part of the value; leave them out'),
+    ('env = A', "'env = ***': NAME=value is expected"),
+    ('add-header = Connection Close', "'add-header = Connection Close': Name: value is expected"),
+    ('cheaper-algo = busyness', 'cheaper-algo = busyness: spare or backlog is expected; taken as spare'),
+    ('cheaper = 4\nprocesses = 4', 'cheaper does nothing: 4 has to be lower than processes = 4'),
+    ('logger = file:logfile=/a,maxsize=9',
+     'logger = file:logfile=/a,maxsize=9: file:PATH or stdio is expected; taken as /a'),
+    ('logger = stdio\nlogger = file:/a', 'logger does nothing: there is one log, and that is /a'),
+    ('logger = file:/a\nlogto = /b', 'logger does nothing: there is one log, and that is /b'),
+    ('wsgi-file = app.py\nmodule = app', 'wsgi-file does nothing beside module'),
+    ('wsgi file = app.py', "unknown option 'wsgi file', did you mean 'wsgi-file'?"),
+    ('Chmod Socket = 660', "unknown option 'Chmod Socket', did you mean 'chmod-socket'?"),
+    ('socket := :1', "unknown option 'socket :', did you mean 'socket'?"),
+    ('timeout = 3', "unknown option 'timeout'"),
+    ('if-env = HOME\nif-env = PATH\nendif', 'if-env in line 3 within another block: there are no nested blocks'),
 ])
 def test_a_line_that_is_wrong_is_named_with_its_place_and_what_is_meant(tmp, line, message):
     texts = said(load(tmp, line))
@@ -603,6 +623,7 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_lines(tmp):
 
 @pytest.mark.parametrize('lines', ['base = /a\nchdir = %(base)/b', 'chdir = %(b c)\nb = /\nc = x',
                                    'user = 3\nchdir = %(user)', 'n = 2\nthreads = %((n * 2) + 1)',
+                                   'cachedir = /\nchdir = %(cachedir)',
                                    'set-ph = unused=1', 'x = 1\nif-not-opt = x=1\nendif',
                                    'x = 1\nif-env = NOPE_NOT_SET\nchdir = %(x)\nendif'])
 def test_a_name_that_is_used_somewhere_is_a_variable_and_no_warning(tmp, lines):
@@ -633,6 +654,22 @@ def test_a_section_is_chosen_by_name_and_a_file_without_it_says_what_it_has(tmp)
     assert (config.processes, config.threads, config.warnings) == (3, 2, [])
     (warning,) = minuwsgi.Config([f'{tmp}/a.ini']).warnings
     assert 'no section [uwsgi]' in warning and f'{tmp}/a.ini:dev, {tmp}/a.ini:base' in warning
+    (tmp / 'b.ini').write_text('[uwsgi:prod]\nprocesses = 3\n')
+    (warning,) = minuwsgi.Config([f'{tmp}/b.ini']).warnings
+    assert warning.endswith(f'try {tmp}/b.ini:uwsgi:prod')
+    assert minuwsgi.Config([f'{tmp}/b.ini:uwsgi:prod']).processes == 3
+
+
+def test_lines_in_front_of_the_sections_and_other_kinds_of_files_are_told(tmp):
+    (tmp / 'a.ini').write_text('# mine\nprocesses = 3\nthreads = 2\n[uwsgi]\nvacuum = true\n')
+    (warning,) = minuwsgi.Config([f'{tmp}/a.ini']).warnings
+    assert f"{tmp}/a.ini:2: 'processes' and what follows stand in front of the first section" in warning
+    (tmp / 'a.ini').write_text('uwsgi:\n  processes: 3\n')
+    (warning,) = minuwsgi.Config([f'{tmp}/a.ini']).warnings
+    assert warning.endswith('there is no section [uwsgi], put a line [uwsgi] in front of its options')
+    (tmp / 'a.ini').write_bytes('[uwsgi]\nprocesses = 3\n'.encode('utf-16'))
+    with pytest.raises(minuwsgi.ConfigError, match='a.ini: this is no text in UTF-8'):
+        minuwsgi.Config([f'{tmp}/a.ini'])
 
 
 def test_a_file_that_includes_itself_is_read_once(tmp):
@@ -2517,6 +2554,14 @@ class TestWSGI:
             assert server.ask(path).text == text
         assert server.ask('/ax').status == '404 Not Found'
 
+    @pytest.mark.parametrize('ini', ['mount = /a = app.py:other', 'mount = /a=app:other', 'wsgi-file = app.py:other',
+                                     'mount = /a=app:other\nmount = /b=app:application'])
+    def test_without_a_module_the_first_mount_answers_what_no_mount_fits(self, start, ini):
+        server = start(HELLO + ENVIRON_APP.replace('application', 'other'), ini)
+        for path in '/', '/a/x':
+            environ = eval(server.ask(path).body)
+            assert (environ['SCRIPT_NAME'], environ['PATH_INFO']) == ('', path)
+
     def test_a_mount_is_found_by_script_name(self, start):
         server = start(HELLO + ENVIRON_APP.replace('application', 'other'), 'module = app\nmount = /a=app:other')
         assert server.ask('/x').body == b'hello\n'
@@ -4300,6 +4345,37 @@ threading.Thread(target=threading.Event().wait, name='poller', daemon=True).star
         assert server.wait() == 0
 
 
+class TestSurroundings:
+    """The application finds the environment, the modules and the Python that the options name."""
+
+    def test_env_counts_for_time_zone_and_modules_too(self, start, tmp):
+        (tmp / 'lib').mkdir()
+        (tmp / 'lib' / 'inlib.py').touch()
+        server = start("""
+            import time, inlib
+            def application(e, s):
+                s('200 OK', [])
+                return [time.strftime('%Z', time.localtime(0)).encode()]
+            """, 'env = TZ=XYZ-9\nenv = PYTHONPATH=/nix:lib\nenv = PYTHONHASHSEED=1')
+        assert server.ask().body == b'XYZ'
+        assert 'app.ini:4: PYTHONHASHSEED is only read when Python starts' in server.log
+
+    def test_a_virtual_environment_is_looked_for_from_chdir_on(self, start, tmp):
+        subprocess.run([sys.executable, '-m', 'venv', '--without-pip', tmp / 'sub' / 'venv'], check=True)
+        (packages,) = (tmp / 'sub' / 'venv').glob('lib/*/site-packages')
+        (packages / 'in_venv.py').write_text('name = b"found"\n')
+        server = start("""
+            import in_venv
+            def application(e, s):
+                s('200 OK', [])
+                return [in_venv.name]
+            """, 'virtualenv = venv\nchdir = sub\npythonpath = ..\nsocket = ../s')
+        assert server.ask().body == b'found'
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        assert server.ask().body == b'found'
+
+
 class TestDaemon:
     """In the background, with a log that follows logrotate, as another user."""
 
@@ -4740,8 +4816,8 @@ class TestBadApps:
         servers = []
         for i, path in enumerate(['thread_without_end', 'hello', 'ignores_signals']):
             more = "threading.Thread(target=threading.Event().wait, name='in the master').start()" if i == 1 else ''
-            servers.append(start(BAD_APPS + more, f'socket = {i}\nworker-reload-mercy = {(1, 1, 60)[i]}'))
-            assert ask(str(tmp / str(i)), path).body == b'hello\n'
+            servers.append(start(BAD_APPS + more, f'socket = s{i}\nworker-reload-mercy = {(1, 1, 60)[i]}'))
+            assert ask(str(tmp / f's{i}'), path).body == b'hello\n'
         for server in servers:
             server.kill(signal.SIGTERM)
         assert "waits for the thread 'restless'" in servers[0].wait_for('has 1 s to end')
@@ -6272,8 +6348,8 @@ class TestMessages:
         ('module = app\nsocket = 127.0.0.1:99999', "x.ini:3: can't bind 127.0.0.1:99999: '99999' is no port", 1),
         ('module = app\nsocket = http://127.0.0.1:8000', 'x.ini:3: can\'t bind http://127.0.0.1:8000: write', 1),
         ('module = app\nsocket = fd://x', "can't bind fd://x: write host:port, a path, or fd://3", 1),
-        ('module = app\nsocket = s\nuid = nobdy', 'nobdy: there is no such user or group', 1),
-        ('module = app\nsocket = s\nchown-socket = :nosuch', 'nosuch: there is no such user or group', 1),
+        ('module = app\nsocket = s\nuid = nobdy', "there is no user 'nobdy'", 1),
+        ('module = app\nsocket = s\nchown-socket = :nosuch', "there is no group 'nosuch'", 1),
         ('module = app\nsocket = s\nchdir = /nix', 'x.ini:4: chdir = /nix: No such file', 1),
         ('module = app\nsocket = s\nprocesses = 100000', '10000 in all are the most', 1),
         ('module = app\nsocket = s\nharakiri = 99999999999999', 'x.ini:4: ', 1),
@@ -6283,8 +6359,18 @@ class TestMessages:
         ('module = app:number\nsocket = s', "x.ini:2: app: 'number' is 42, and no WSGI application", 22),
         ('module = app.py\nsocket = s', "'app.py' is no module; for a file: wsgi-file = FILE", 22),
         ('mount = /a=\nsocket = s', 'is no module', 22),
-        ('module = app\nsocket = s\nimport = nix', "there is no module 'nix'", 22),
-        ('module = app\nsocket = s\nchdir2 = /nix', 'chdir2 = /nix: No such file', 22)])
+        ('module = app\nsocket = s\nimport = nix', "x.ini:4: there is no module 'nix'", 22),
+        ('module = app\nsocket = s\nmount = /a=app:nix', "x.ini:4: app has no 'nix'; it has 'application': write", 22),
+        ('module = app\nsocket = s\nchdir2 = /nix', 'x.ini:4: chdir2 = /nix: No such file', 22),
+        ('module = app\nsocket = s\npythonpath = /nix\nchdir = /nix', 'x.ini:5: chdir = /nix: No such file', 1),
+        ('module = app\nsocket = s\nuid = nobdy', "x.ini:4: there is no user 'nobdy'", 1),
+        ('module = app\nsocket = s\npidfile = nix/p', 'x.ini:4: ', 1),
+        ('module = app\nsocket = s\nlogto = fake', 'x.ini:4: ', 1),
+        ('module = app\nsocket = s\nreq-logger = file:nix/r', 'x.ini:4: ', 1),
+        ('module = app\nsocket = app.py', "can't bind app.py: there is a file of that name that isn't a socket", 1),
+        ('module = app\nsocket = 127.0.0.1:1, 127.0.0.1:2', 'one address for each line', 1),
+        ('module = app\nhttp-socket = =0', 'a number of a shared-socket; write its address here', 1),
+        ('module = app\nsocket = s\nhttp-socket = s', 'x.ini:3: s is named twice', 1)])
     @pytest.mark.parametrize('check', [False, True])
     def test_a_mistake_is_told(self, tmp, ini, words, code, check):
         (tmp / 'app.py').write_text(HELLO + 'number = 42\n')
@@ -6301,11 +6387,37 @@ class TestMessages:
         code, output = run(tmp)
         assert code == 1 and output.splitlines()[-1].startswith('minuwsgi: an application is expected, or an INI file')
 
+    def test_the_environment_alone_may_configure_it(self, tmp):
+        (tmp / 'app.py').write_text(HELLO)
+        server = Server(tmp, [], environment={'UWSGI_SOCKET': 's', 'UWSGI_MODULE': 'app'})
+        assert server.ready().ask().body == b'hello\n'
+        server.end()
+
     def test_a_socket_that_cannot_be_given_away_is_not_left(self, tmp):
         (tmp / 'app.py').write_text(HELLO)
         code, output = run(tmp, 'app.py', '--socket', 's', '--chown-socket', ':nosuch')
-        assert code == 1 and "s can't be given to :nosuch: nosuch: there is no such user" in output
-        assert not (tmp / 's').exists()
+        assert code == 1 and "command line: there is no group 'nosuch'" in output and not (tmp / 's').exists()
+
+    @needs_root
+    def test_a_socket_that_is_not_ours_to_remove_any_more_is_told(self, start, tmp):
+        shutil.copy(MINUWSGI, tmp)
+        server = start(HELLO, 'uid = nobody\nvacuum = true\npidfile = p', python='/usr/bin/python3')
+        assert server.stop() == 0
+        assert [line for line in server.lines if line.startswith('vacuum: ')] == [
+            f"vacuum: {name} can't be removed: Permission denied" for name in ('s', tmp / 'p')]
+
+    @needs_root
+    def test_who_is_not_root_gives_nothing_away_and_becomes_nobody_else(self, start, tmp):
+        import pwd
+        os.chmod(tmp, 0o777)
+        shutil.copy(MINUWSGI, tmp)
+        nobody = {'python': '/usr/bin/python3', 'user': 'nobody', 'ready': False}
+        server = start(HELLO, 'chown-socket = root', **nobody)
+        assert server.wait() == 1 and not os.path.exists(server.socket)
+        assert f"app.ini:4: {server.socket} can't be given to root: only root may" in server.log
+        server = start(HELLO, 'uid = daemon\ngid = daemon', **nobody).ready()
+        assert 'only root can become another user' in server.log and server.ask().body == b'hello\n'
+        assert os.stat(server.socket).st_uid == pwd.getpwnam('nobody').pw_uid
 
     @pytest.mark.parametrize('prefix', ['unix:', 'unix://'])
     def test_check_takes_the_addresses_that_a_start_takes(self, start, tmp, prefix):
