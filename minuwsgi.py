@@ -82,10 +82,6 @@ class ConfigError(Exception):
     """A mistake in the configuration; its text says where, what and what to do."""
 
 
-class AppError(Exception):
-    """The application can't be loaded."""
-
-
 # Both tables are texts: a line without | is a heading, an indented one continues the row above.
 #
 # OPTIONS: names (the first is ours, the others are accepted, -x is the short form), kind of value (with +
@@ -571,8 +567,8 @@ class Config:
         """An error within says where this value stands."""
         try:
             yield
-        except (ConfigError, AppError) as error:
-            raise type(error)(f'{self.where(value, *names)}{error}') from None
+        except ConfigError as error:
+            raise ConfigError(f'{self.where(value, *names)}{error}') from None
 
     def take(self, lines):
         """Take lines (name, value, where); those that a line brings come next."""
@@ -2073,7 +2069,7 @@ def expiry(value):
             pattern = fnmatch.translate(pattern if pattern[:1] in '/*' else '*' + pattern)
         return re.compile(pattern).search, min(int(seconds), 1 << 31)
     except (ValueError, re.error):
-        raise AppError(f'static-expires = {value}: PATTERN SECONDS is expected, such as *.css 3600') from None
+        raise ConfigError(f'static-expires = {value}: PATTERN SECONDS is expected, such as *.css 3600') from None
 
 
 def is_fresh(environ, tag, modified):
@@ -3299,11 +3295,11 @@ def check_command(command, config):
     import shutil
     import subprocess
     if shutil.which(command[0]) is None:
-        raise AppError(f'there is no program {command[0]}')
+        raise ConfigError(f'there is no program {command[0]}')
     if config.check and (config.rack or config.psgi):
         language, option, program, file = command
         if subprocess.call([language, option, ''.join(program.splitlines(True)[:3]), file]):    # up to its `app =`
-            raise AppError(f'{file} failed to load')
+            raise ConfigError(f'{file} failed to load')
     return command
 
 
@@ -3313,8 +3309,8 @@ def import_module(name):
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name and name.split('.')[0] == error.name.split('.')[0]:
-            raise AppError(f'there is no module {error.name!r} in {sys.path[:3]} … (working directory '
-                           f'{os.getcwd()}, Python {sys.executable}); see chdir, pythonpath, virtualenv') from None
+            raise ConfigError(f'there is no module {error.name!r} in {sys.path[:3]} … (working directory '
+                              f'{os.getcwd()}, Python {sys.executable}); see chdir, pythonpath, virtualenv') from None
         raise
 
 
@@ -3322,7 +3318,7 @@ def import_file(name):
     from importlib import machinery, util
     file = os.path.abspath(name)
     if not os.path.isfile(file):
-        raise AppError(f'there is no file {file}')
+        raise ConfigError(f'there is no file {file}')
     stem = os.path.basename(file).rpartition('.')[0]
     loader = machinery.SourceFileLoader('wsgi_file_' + ''.join(c if c.isalnum() else '_' for c in stem), file)
     module = sys.modules[loader.name] = util.module_from_spec(util.spec_from_loader(loader.name, loader))
@@ -3339,10 +3335,10 @@ def find_callable(module, attribute, where):
     except AttributeError:
         there = [n for n in ('application', 'app', 'create_app') if callable(getattr(module, n, None))]
         hint = f'; it has {there[0]!r}: write {where}:{there[0]}' if there else ''
-        raise AppError(f'{where} has no {name!r}{hint}') from None
+        raise ConfigError(f'{where} has no {name!r}{hint}') from None
     found = found() if name != attribute else found
     if not callable(found):
-        raise AppError(f'{where}: {name!r} is {found!r}, and no WSGI application')
+        raise ConfigError(f'{where}: {name!r} is {found!r}, and no WSGI application')
     return found
 
 
@@ -3350,7 +3346,7 @@ def load(spec, attribute, is_file):
     """The application of a module or a file, `spec` or `spec:attribute`."""
     name, _, its_own = spec.partition(':')
     if not is_file and (not name or '/' in name or name.endswith('.py')):
-        raise AppError(f'{spec!r} is no module; for a file: wsgi-file = FILE')
+        raise ConfigError(f'{spec!r} is no module; for a file: wsgi-file = FILE')
     return find_callable((import_file if is_file else import_module)(name), its_own or attribute, name)
 
 
@@ -3396,13 +3392,13 @@ def load_application(config):
         mounts.setdefault('', application)
         application = mounted(mounts, config.manage_script_name)
     if application is None:
-        raise AppError('no application is named: set module = package.module:callable or wsgi-file = FILE')
+        raise ConfigError('no application is named: set module = package.module:callable or wsgi-file = FILE')
     if config.chdir2:
         try:
             os.chdir(config.chdir2)
         except OSError as error:
             where = config.where(config.chdir2, 'chdir2')
-            raise AppError(f'{where}chdir2 = {config.chdir2}: {error.strerror}') from None
+            raise ConfigError(f'{where}chdir2 = {config.chdir2}: {error.strerror}') from None
     return with_static_files(config, application)
 
 
@@ -3410,7 +3406,7 @@ def load_or_log(config):
     """The application, or None after its traceback was logged."""
     try:
         return load_application(config)
-    except AppError as error:
+    except ConfigError as error:
         log(f'minuwsgi: {error}')
     except (Exception, SystemExit):
         log_exception('minuwsgi: the application failed to load')
