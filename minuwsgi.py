@@ -3350,12 +3350,8 @@ def load(spec, attribute, is_file):
     return find_callable((import_file if is_file else import_module)(name), its_own or attribute, name)
 
 
-def nothing_mounted(environ, start_response):
-    return in_words(start_response, '404 Not Found', 'no application is mounted here')
-
-
-def mounted(mounts, manage):
-    """A WSGI application that passes each request on to the one mounted at its SCRIPT_NAME, or at ''."""
+def mounted(mounts, manage, fallback):
+    """A WSGI application that passes a request on to the one mounted at its SCRIPT_NAME, or at '', or to fallback."""
     prefixes = sorted(mounts, key=len, reverse=True)
 
     def application(environ, start_response):
@@ -3363,7 +3359,10 @@ def mounted(mounts, manage):
         prefix = next((prefix for prefix in prefixes if f'{path}/'.startswith(prefix + '/')), '')
         if manage and prefix:
             environ['SCRIPT_NAME'], environ['PATH_INFO'] = script, _ = prefix, path[len(prefix):]
-        return mounts.get(script, mounts[''])(environ, start_response)
+        found = mounts.get(script, mounts.get('', fallback))
+        if found is None:
+            return in_words(start_response, '404 Not Found', 'no application is mounted here')
+        return found(environ, start_response)
     return application
 
 
@@ -3387,10 +3386,9 @@ def load_application(config):
     if config.cgi:
         application = cgi_application(config, application)
     if mounts:
-        if application is None:                         # as in uWSGI, the first one answers then
-            application = nothing_mounted if config.manage_script_name else next(iter(mounts.values()))
-        mounts.setdefault('', application)
-        application = mounted(mounts, config.manage_script_name)
+        if application is None and not config.manage_script_name:
+            application = next(iter(mounts.values()))   # as in uWSGI
+        application = mounted(mounts, config.manage_script_name, application)
     if application is None:
         raise ConfigError('no application is named: set module = package.module:callable or wsgi-file = FILE')
     if config.chdir2:
