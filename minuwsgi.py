@@ -3083,7 +3083,8 @@ class Worker:
             self.kept = KeptConnections(self.listeners, config)
         self.stopping = False
         self.waiting = None                             # at a stop, without `kept`: the listener, for those who wait
-        self.offloaders, self.turn = [Offloader() for _ in range(max(1, config.offload_threads))], itertools.count()
+        self.offloaders = [Offloader() for _ in range(max(1, config.offload_threads))]
+        self.next_offloader = itertools.cycle(self.offloaders).__next__
         self.alarm_for = -1.0                           # set_alarm() is for the request after so many
         self.dead_end, other_end = os.pipe()            # what takes the place of a listener
         os.close(other_end)
@@ -3102,9 +3103,6 @@ class Worker:
             self.limit = self.most if config.threads == 1 else 0        # with threads it takes a look each time
         if config.reload_on_rss or config.reload_on_as:
             self.limit = 0
-
-    def next_offloader(self):
-        return self.offloaders[next(self.turn) % len(self.offloaders)]
 
     def has_jobs(self):
         return any(one.jobs or one.inbox for one in self.offloaders)
