@@ -1020,15 +1020,15 @@ with contextlib.suppress(OSError), open('/proc/sys/net/core/somaxconn') as somax
     LISTEN_MAX = int(somaxconn.read())
 
 
-def vacuum(config, owned):
-    """The option vacuum: remove the files of what we own, listeners and the pidfile."""
-    for one in owned if config.vacuum else ():
-        try:
-            one.vacuum()
-        except FileNotFoundError:
-            pass
-        except OSError as error:                        # it was made by root, and we aren't any more
-            log(f"vacuum: {one.address} can't be removed: {error.strerror}")
+def vacuum(one):
+    """Remove the file of a Listener or Pidfile, if it is still the one that was made here."""
+    try:
+        if one.is_ours():
+            os.unlink(one.name)
+    except FileNotFoundError:
+        pass
+    except OSError as error:                            # it was made by root, and we aren't any more
+        log(f"vacuum: {one.name} can't be removed: {error.strerror}")
 
 
 def owner(names):
@@ -1189,12 +1189,9 @@ class Listener:
             log(f'warning: {self.name} believes whoever reaches it, as the uwsgi protocol has it (REMOTE_ADDR, '
                 'REMOTE_USER …): let a firewall admit the web server alone, or bind 127.0.0.1 or a path')
 
-    def vacuum(self):
-        """Remove the socket's file if it is still the one that was bound here."""
-        if self.inode:
-            status = os.lstat(self.name)
-            if (status.st_dev, status.st_ino) == self.inode:
-                os.unlink(self.name)
+    def is_ours(self):
+        """Has it a file, and is that still the one that was bound here?"""
+        return self.inode and (status := os.lstat(self.name)) and (status.st_dev, status.st_ino) == self.inode
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4243,7 +4240,7 @@ class Pidfile:
 
     def __init__(self, address, protocol, config, fd=None, inode=None):
         import fcntl
-        self.address, self.protocol, self.inode = address, protocol, inode
+        self.address, self.name, self.protocol, self.inode = address, address, protocol, inode
         try:
             self.socket = open(open_safely(address, os.O_RDWR, 0o644) if fd is None else fd, 'rb+', buffering=0)
             fcntl.flock(self.socket, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -4256,9 +4253,8 @@ class Pidfile:
         except OSError as error:
             raise ConfigError(f"pidfile = {address}: can't write it: {error.strerror}") from None
 
-    def vacuum(self):
-        if os.path.samestat(os.stat(self.address), os.fstat(self.socket.fileno())):
-            os.unlink(self.address)
+    def is_ours(self):
+        return os.path.samefile(self.name, self.socket.fileno())
 
 
 def known_as(name):
@@ -4318,7 +4314,7 @@ def disown(owned, unwanted):
     """Not before the new code is loaded: the old workers may have to serve on."""
     kept = {one.socket.fileno() for one in owned if one not in unwanted}
     for one in unwanted:
-        one.vacuum()
+        vacuum(one)
         if one.socket.fileno() in kept:                 # systemd's, which has another name or protocol now
             one.socket.detach()
         one.socket.close()
@@ -4472,7 +4468,8 @@ def serve(config, start):
     except Stopped:
         log('stopped while starting')
     finally:
-        vacuum(config, owned)
+        for one in owned if config.vacuum else ():
+            vacuum(one)
     return finish_process(config.worker_reload_mercy, code)
 
 

@@ -6404,7 +6404,7 @@ class TestMessages:
         server = start(HELLO, 'uid = nobody\nvacuum = true\npidfile = p', python='/usr/bin/python3')
         assert server.stop() == 0
         assert [line for line in server.lines if line.startswith('vacuum: ')] == [
-            f"vacuum: {name} can't be removed: Permission denied" for name in ('s', tmp / 'p')]
+            f"vacuum: {name} can't be removed: Permission denied" for name in (server.socket, tmp / 'p')]
 
     @needs_root
     def test_who_is_not_root_gives_nothing_away_and_becomes_nobody_else(self, start, tmp):
