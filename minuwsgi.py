@@ -3135,14 +3135,12 @@ class Worker:
         """The handlers of a worker; once more after the application may have set its own. INT comes from a terminal
         to the whole group, and the master decides: nothing is done. QUIT kills."""
         import faulthandler
-        for number in (*SIGNALS, signal.SIGALRM):
+        handlers = {**dict.fromkeys(SIGNALS, lambda *_: None), **dict.fromkeys(STOP_SIGNALS, self.on_stop),
+                    signal.SIGQUIT: signal.SIG_DFL, signal.SIGUSR1: follow_logs, signal.SIGUSR2: self.tell_state,
+                    signal.SIGALRM: self.on_harakiri}
+        for number, handler in handlers.items():
             faulthandler.unregister(number)             # when it is called again
-            signal.signal(number, signal.SIG_DFL if number == signal.SIGQUIT else lambda *_: None)
-        for number in STOP_SIGNALS:
-            signal.signal(number, self.on_stop)
-        signal.signal(signal.SIGUSR1, follow_logs)
-        signal.signal(signal.SIGUSR2, self.tell_state)
-        signal.signal(signal.SIGALRM, self.on_harakiri)
+            signal.signal(number, handler)
         for number in signal.SIGUSR2, signal.SIGALRM:   # the stacks come first, and even if Python hangs in C
             faulthandler.register(number, file=2, chain=True)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
