@@ -2547,9 +2547,6 @@ class Row:
             return '?'
         return f"{variables.get('REQUEST_METHOD', '?')} {variables.get('REQUEST_URI', '?')}"
 
-    def clear(self):
-        self.numbers[:] = memoryview(bytes(64)).cast('d')
-
 
 class Connection:
     """A client's connection over HTTP, between and during its requests."""
@@ -3965,7 +3962,7 @@ class Master:
         if rows is None:                                # so many old ones are still finishing
             return
         for row in rows:
-            row.clear()
+            row.memory[NUMBERS:] = bytes(ROW_SIZE - NUMBERS)
         flush_streams()
         master, pipe, pid = os.getpid(), (), None
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
