@@ -1666,13 +1666,13 @@ BODY_RATE = 500                         # bytes a second: who sends less can't h
 
 class Body(io.RawIOBase):
     """A request body: what came with the head, then what the connection brings. io.BufferedReader makes wsgi.input
-    of it.  left: bytes that are still to come; -1: of a chunked body, as long as its end isn't read."""
+    of it.  left: bytes that are still to come; -1: of a chunked body, as long as its end isn't read.
+    waited(seconds) is told how long the client let us wait."""
 
-    def __init__(self, fd, begun, left, timeout, limit):
-        self.fd, self.left, self.timeout = fd, left, timeout
+    def __init__(self, fd, begun, left, timeout, limit, waited):
+        self.fd, self.left, self.timeout, self.waited = fd, left, timeout, waited
         self.begun, self.at = begun, 0  # what was received; so much of it is used
         self.patience = timeout         # how long we would wait: what comes slower than BODY_RATE uses it up
-        self.waited = lambda seconds: None              # is told how long the client let us wait
         self.wants_continue = False     # the client waits for 100 Continue before it sends
         self.buffer, self.piece = bytearray(READ_MAX), b''
         self.pieces = self.read_chunks(limit) if left < 0 else self.read_plain()
@@ -2884,8 +2884,7 @@ class Core:
         if 0 <= length <= len(begun):
             environ['wsgi.input'] = io.BytesIO(begun[:length])
             return None
-        body = Body(fd, begun, length, self.config.socket_timeout, limit)
-        body.waited = self.not_its_time
+        body = Body(fd, begun, length, self.config.socket_timeout, limit, self.not_its_time)
         environ['wsgi.input'] = io.BufferedReader(body, READ_MAX)
         return body
 
