@@ -3317,10 +3317,9 @@ def import_file(name):
 
 def find_callable(module, attribute, where):
     """The application in a module: name, a.b, or factory()."""
-    found, name = module, attribute[:-2] if attribute.endswith('()') else attribute
+    name = attribute.removesuffix('()')
     try:
-        for part in name.split('.'):
-            found = getattr(found, part)
+        found = functools.reduce(getattr, name.split('.'), module)
     except AttributeError:
         there = [n for n in ('application', 'app', 'create_app') if callable(getattr(module, n, None))]
         hint = f'; it has {there[0]!r}: write {where}:{there[0]}' if there else ''
