@@ -2505,9 +2505,6 @@ class Offloader:
 # and would wake all workers for a connection that one gets. With several sockets, HTTP or threads,
 # Core.wait() stands in for accept(): it watches listeners and kept HTTP connections at once, so that
 # those that are silent or slow hold nobody.
-#
-# Whoever owns the descriptor of a connection closes it: that is the core, until keep() parks it, or let_go() gives
-# it to an Offloader with the function that closes or parks it when the job is done.
 
 # A row of the scoreboard, one for each core, in shared memory: the last packet, then these numbers.
 # READY: 1, or from when on it counts as ready. STARTED: when its request began, later by what its client took; 0: there
