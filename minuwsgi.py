@@ -768,10 +768,8 @@ def ready_within(fd, event, seconds):
 
 
 def nowait_flag():
-    """RWF_NOWAIT where preadv() takes it for sockets (Linux 6.5), else 0. See preadv2(2).
-
-    With it, reading from a blocking socket fails instead of waiting: no call is needed to make each
-    connection non-blocking (-0.4 us)."""
+    """RWF_NOWAIT where preadv() takes it for sockets (Linux 6.5, see preadv2(2)), else 0. With it, reading from a
+    blocking socket fails instead of waiting: no call is needed to make each connection non-blocking (-0.4 us)."""
     a, b = socket.socketpair()
     with a, b, contextlib.suppress(OSError, AttributeError):
         b.send(b'.')
@@ -1229,8 +1227,7 @@ def pack_request(variables, modifier1=WSGI):
 
 
 def unpack_vars(block):
-    """The block of a packet (bytes) -> [(name, value), ...] (str). This is the protocol in short; the
-    worker uses Expected, which is faster, and checks more."""
+    """The block of a packet (bytes) -> [(name, value), ...]: the protocol in short. Expected is faster, checks more."""
     text, at, end, found = block.decode('latin-1'), 0, len(block), []
     while at < end:
         pair = []
@@ -1405,8 +1402,7 @@ def unquote(path):
 
 
 def target_path(method, target, environ):
-    """The path of a target that doesn't begin with /: http://host/path, where host counts and not the header, or *
-    of OPTIONS."""
+    """The path of a target without / in front: * of OPTIONS, or http://host/path (host counts, and not the header)."""
     scheme, slashes, rest = target.partition('://')
     if slashes and scheme.lower() in ('http', 'https'):
         environ['HTTP_HOST'], _, path = rest.partition('/')
@@ -2523,10 +2519,8 @@ def memory_of(pid='self'):
 
 
 class Row:
-    """What one core of a worker is doing; written by its worker, read by the master.
-
-    The worker reads its packets right into the row, so that the master can name the request at
-    which a worker died, and it costs nothing."""
+    """What one core of a worker is doing; written by its worker, which reads its packets right into the row. So the
+    master can name the request at which a worker died, and it costs nothing."""
 
     def __init__(self):
         self.memory = mmap.mmap(-1, ROW_SIZE)           # anonymous, shared over fork()
@@ -4058,8 +4052,7 @@ class Master:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def start_python(self, how, arguments, environment, **options):
-        """As we were started, and there. Python itself may be gone, or there may be no memory: that must not end a
-        server that works."""
+        """As we were started, and there. That Python is gone, or memory short, must not end a server that works."""
         try:
             here = os.open('.', os.O_RDONLY)
             os.fchdir(self.start.directory)
