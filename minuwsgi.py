@@ -64,6 +64,7 @@ import stat
 import struct
 import sys
 import time
+from wsgiref.util import FileWrapper
 
 __version__ = '0.1'
 
@@ -1189,7 +1190,8 @@ class Listener:
 
     def is_ours(self):
         """Has it a file, and is that still the one that was bound here?"""
-        return self.inode and (status := os.lstat(self.name)) and (status.st_dev, status.st_ino) == self.inode
+        status = os.lstat(self.name) if self.inode else None
+        return status and (status.st_dev, status.st_ino) == self.inode
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1751,27 +1753,16 @@ class Body(io.RawIOBase):
         return line[:-2]
 
 
-class FileWrapper:
-    """wsgi.file_wrapper: an iterable over a file; as it is, it goes out by sendfile(2)."""
-
-    def __init__(self, file, block_size=8192):
-        self.file, self.block_size = file, block_size
-        if hasattr(file, 'close'):
-            self.close = file.close
-
-    def __iter__(self):
-        return iter(lambda: self.file.read(self.block_size), b'')
-
-    def descriptor(self):
-        """(descriptor, offset, bytes from there) of a regular file, else None."""
-        try:
-            fd, offset = self.file.fileno(), self.file.tell()
-            status = os.fstat(fd)
-        except (AttributeError, OSError, ValueError):
-            return None
-        if not stat.S_ISREG(status.st_mode) or not isinstance(getattr(self.file, 'raw', self.file), io.FileIO):
-            return None                                 # that of a GzipFile has other bytes
-        return fd, offset, max(0, status.st_size - offset)
+def descriptor_of(file):
+    """(descriptor, offset, bytes from there) of a regular file, for sendfile(2); else None."""
+    try:
+        fd, offset = file.fileno(), file.tell()
+        status = os.fstat(fd)
+    except (AttributeError, OSError, ValueError):
+        return None
+    if not stat.S_ISREG(status.st_mode) or not isinstance(getattr(file, 'raw', file), io.FileIO):
+        return None                                     # that of a GzipFile has other bytes
+    return fd, offset, max(0, status.st_size - offset)
 
 
 HOP_BY_HOP = frozenset(('connection', 'keep-alive', 'proxy-authenticate', 'proxy-authorization', 'te', 'trailer',
@@ -1983,7 +1974,7 @@ class Response:
 
     def file_job(self, wrapper):
         """A job that sends a regular file from where it stands; None where it has to be read."""
-        found = wrapper.descriptor()
+        found = descriptor_of(wrapper.filelike)
         if found is None or self.chunked:
             return None
         fd, offset, size = found
