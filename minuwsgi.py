@@ -757,10 +757,6 @@ def usage():
 # pipe closed, or full because nobody reads it) is no reason to stop serving: lines are lost then, and
 # counted. O_NONBLOCK would hold for other programs that share the descriptor too.
 
-log_date = []                           # of the option log-date: the format of strftime(), or nothing
-logs = []                               # all objects of Log
-
-
 def ready_within(fd, event, seconds):
     """Does an event come to a descriptor within so many seconds? Hang-ups and errors are events always."""
     poll = select.poll()
@@ -816,13 +812,14 @@ class Log(io.FileIO):
     """A descriptor for lines, which holds nobody for longer than a second in ten. Lies under sys.stdout and
     sys.stderr too: an application that prints should neither wait for the log nor fail with it."""
 
-    impatient_until = 0.0               # of all: one that is stuck is enough
+    all, date = [], ''                  # of all: themselves; the option log-date, a format of strftime(), or nothing
+    impatient_until = 0.0               # of all too: one that is stuck is enough
 
     def __init__(self, fd, path=None):
         super().__init__(fd, 'w', closefd=False)
         self.fd, self.path, self.looked, self.lost = fd, path, 0.0, 0
         self.look()
-        logs.append(self)
+        Log.all.append(self)
 
     def look(self):
         """What is behind the descriptor now? Only a file never makes us wait."""
@@ -885,7 +882,7 @@ main_log = Log(2)
 
 
 def log(message):
-    date = time.strftime(log_date[0]) + ' - ' if log_date else ''
+    date = time.strftime(Log.date) + ' - ' if Log.date else ''
     main_log.write(f'{date}{message}\n'.encode('utf-8', 'backslashreplace'))
 
 
@@ -923,7 +920,7 @@ def mtime(name):
 
 def follow_logs(*_):
     """Now, not only before the next line: the old file can be compressed."""
-    for one in logs:
+    for one in Log.all:
         one.follow()
 
 
@@ -4366,7 +4363,7 @@ def open_logs(config, start, reloaded):
     for name in 'NOTIFY_SOCKET', 'WATCHDOG_USEC':       # not for the application, and what it starts
         os.environ.pop(name, None)
     if config.log_date is not None:
-        log_date[:] = [config.log_date if '%' in config.log_date else '%a %b %d %H:%M:%S %Y']
+        Log.date = config.log_date if '%' in config.log_date else '%a %b %d %H:%M:%S %Y'
     if config.daemonize and not reloaded:
         start.daemonize(config.logto)
     printed = Log(1)
