@@ -4016,8 +4016,7 @@ class Master:
         """First the proof: a child does what --check does."""
         self.reload_wanted = False
         log('reload: trying the new configuration and application')
-        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
-        self.notify(f'RELOADING=1\nMONOTONIC_USEC={now}\nSTATUS=reloading')
+        self.notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}\nSTATUS=reloading')
         self.proof = self.start_python(os.posix_spawn, ['--check'], {}, setsigmask=(), setsigdef=SIGNALS,
                                        file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)])
 
