@@ -2597,14 +2597,13 @@ class KeptConnections:
     Offloader; only who has it closes it. It stays with its worker: while all cores of that one are busy, it
     waits. With threads, an event is for one of them alone (EPOLLONESHOT)."""
 
-    def __init__(self, listeners, config):
+    def __init__(self, listeners, config, dead_end):
         self.listeners, self.config, self.parked = listeners, config, {}        # parked: descriptor -> Connection
+        self.dead_end = dead_end                        # a pipe that has hung up: at a stop it wakes who waits
         self.undrained, self.drain_until = set(), math.inf      # at a stop: listeners where somebody may wait yet
         self.closing_at = math.inf                      # when a stopping worker leaves those that are silent
         self.next_look = 0.0
         self.poll = select.epoll()
-        self.stop_read, self.stop_write = os.pipe()
-        self.poll.register(self.stop_read, select.EPOLLIN)
         for fd, listener in listeners.items():
             listener.socket.setblocking(False)
             self.poll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)      # wakes one process, not all
@@ -2665,7 +2664,7 @@ class KeptConnections:
             with contextlib.suppress(OSError):
                 self.poll.unregister(fd)
         self.undrained = set(self.listeners)            # not before: until now it could tell us of another one
-        os.write(self.stop_write, b'.')
+        self.poll.register(self.dead_end, 0)
 
     def look_at_time(self, busy, jobs):
         """Once a second: close those whose time is up. At a stop: leave when nothing more comes, and no job can give
@@ -2940,7 +2939,7 @@ class Core:
                 if connection is None:
                     listener = kept.listeners.get(fd)
                     if listener is None:
-                        if fd == kept.stop_read:        # it stays readable, for all threads
+                        if fd == kept.dead_end:         # it stays so, for all threads
                             time.sleep(0.01)
                         continue
                     try:
@@ -3034,7 +3033,7 @@ class Core:
 # A signal between Python's check and the system call would go unnoticed until the next connection,
 # which is why the master repeats it. (SIGIO, by which the kernel tells of the master's death, comes once:
 # a worker that misses it serves one more request.)
-# Core.wait() is woken by a pipe instead, and KeptConnections.look_at_time() ends it.
+# Core.wait() finds this pipe in its epoll, and KeptConnections.look_at_time() ends it.
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGHUP, signal.SIGIO      # for a worker
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
@@ -3049,17 +3048,17 @@ class Worker:
         self.number, self.master = number, master       # master: its pid, or None without one
         self.pid = os.getpid()
         self.listeners = {listener.socket.fileno(): listener for listener in listeners}
+        self.dead_end, other_end = os.pipe()            # what takes the place of a listener, see on_stop()
+        os.close(other_end)
         listener, *others = listeners
         self.kept = None                                # where a blocking accept() does
         if others or config.threads > 1 or listener.protocol != 'uwsgi':
-            self.kept = KeptConnections(self.listeners, config)
+            self.kept = KeptConnections(self.listeners, config, self.dead_end)
         self.stopping = False
         self.waiting = None                             # at a stop, without `kept`: the listener, for those who wait
         self.offloaders = [Offloader() for _ in range(max(1, config.offload_threads))]
         self.next_offloader = itertools.cycle(self.offloaders).__next__
         self.alarm_for = -1.0                           # set_alarm() is for the request after so many
-        self.dead_end, other_end = os.pipe()            # what takes the place of a listener
-        os.close(other_end)
         self.logging = not config.disable_logging or any((
             config.log_4xx, config.log_5xx, config.log_slow, config.log_zero, config.log_big))
         path = config.req_logger[-1] if config.req_logger else None
