@@ -1907,7 +1907,7 @@ class Response:
             job = self.send_small(data)
         else:
             self.unblock()
-            job = send_chunks(self.fd, self.frame([data] if data or not self.sent else []), self.timeout)
+            job = send_chunks(self.fd, self.frame([data] if data else []), self.timeout)
         for event, _ in job or ():
             wait_for(self.fd, event, self.timeout)
 
@@ -1960,7 +1960,7 @@ class Response:
             return None
         if self.http and not self.sent and self.left is None:
             self.left = sum(map(len, chunks))           # no need of HTTP's chunks
-        framed = self.frame(chunks) if chunks or not self.sent else []
+        framed = self.frame(chunks)
         if self.chunked:
             framed.append(b'0\r\n\r\n')
         if self.left:
