@@ -1011,9 +1011,7 @@ class RequestLog:
 # (umask round bind), and its file is removed only while it is still ours (device and inode), as
 # another server may have taken the name over.
 
-LISTEN_MAX = 1 << 30                    # so many connections may wait: the kernel cuts silently, see listen(2)
-with contextlib.suppress(OSError), open('/proc/sys/net/core/somaxconn') as somaxconn:
-    LISTEN_MAX = int(somaxconn.read())
+LISTEN_MAX = int(read_if_there('/proc/sys/net/core/somaxconn') or 1 << 30)      # it cuts silently, see listen(2)
 
 
 def vacuum(one):
@@ -2501,9 +2499,8 @@ ROW_SIZE = NUMBERS + 8 * 8
 
 def memory_of(pid='self'):
     """(address space, resident memory) of a process in bytes, see proc(5) on statm; zeros where it can't be read."""
-    with contextlib.suppress(OSError), open(f'/proc/{pid}/statm') as file:
-        return [int(pages) * mmap.PAGESIZE for pages in file.read().split()[:2]]
-    return 0, 0
+    pages = (read_if_there(f'/proc/{pid}/statm') or '0 0').split()
+    return int(pages[0]) * mmap.PAGESIZE, int(pages[1]) * mmap.PAGESIZE
 
 
 class Row:
