@@ -1123,7 +1123,7 @@ def name_of(where):
 class Listener:
     """A listening socket. protocol: 'uwsgi' or 'http'.  fd, inode: of one that is inherited, and isn't bound again."""
 
-    def __init__(self, address, protocol, config, fd=None, inode=None):
+    def __init__(self, address, protocol, config, fd, inode):
         self.address, self.protocol, self.inode = address, protocol, inode and tuple(inode)
         kind, where = parse_address(address) if fd is None else ('fd', fd)
         try:
@@ -1216,11 +1216,11 @@ class ClientGone(OSError):
     """The client closed its connection, was too slow, or has got all that it wanted."""
 
 
-def pack_request(variables, modifier1=WSGI):
+def pack_request(variables):
     """{name: value} (str, latin-1) -> the packet (bytes) without a body."""
     block = b''.join(len(raw).to_bytes(2, 'little') + raw
                      for item in variables.items() for raw in map(str.encode, item, ('latin-1', 'latin-1')))
-    return bytes((modifier1,)) + len(block).to_bytes(2, 'little') + b'\0' + block
+    return bytes((WSGI,)) + len(block).to_bytes(2, 'little') + b'\0' + block
 
 
 def unpack_vars(block):
@@ -4204,7 +4204,7 @@ class Pidfile:
     """The file with the master's pid, locked while the master lives: a stale one is no obstacle. It is
     owned, inherited and removed as a Listener is, and has its names: `socket` is the file."""
 
-    def __init__(self, address, protocol, config, fd=None, inode=None):
+    def __init__(self, address, protocol, config, fd, inode):
         import fcntl
         self.address, self.name, self.protocol, self.inode = address, address, protocol, inode
         try:
