@@ -984,21 +984,19 @@ class RequestLog:
 
     def formatted(self, environ, took, values):
         """The line of log-format: %(name) of uWSGI's names, %(var.NAME) of the environ; '-' for what isn't there."""
-        now = time.time()
+        now, get = time.time(), environ.get
         local = time.strftime('%d/%b/%Y:%H:%M:%S %z', time.localtime(now))
-        for name, variable in (('uri', 'REQUEST_URI'), ('method', 'REQUEST_METHOD'), ('user', 'REMOTE_USER'),
-                               ('host', 'HTTP_HOST'), ('proto', 'SERVER_PROTOCOL'), ('uagent', 'HTTP_USER_AGENT'),
-                               ('referer', 'HTTP_REFERER')):
-            values[name] = environ.get(variable)
         values.update({
-            'cl': environ.get('CONTENT_LENGTH') or 0, 'micros': int(took * 1e6), 'msecs': int(took * 1e3),
-            'secs': f'{took:.6f}', 'tmsecs': int((now - took) * 1e3), 'tmicros': int((now - took) * 1e6),
-            'time': int(now - took), 'epoch': int(now), 'ctime': self.date, 'ltime': local, 'ftime': local,
-            'pid': os.getpid(), 'wid': self.worker, 'core': self.core, 'req': self.total[0],
-            'switches': 1, 'modifier1': 0, 'modifier2': 0})
+            'uri': get('REQUEST_URI'), 'method': get('REQUEST_METHOD'), 'user': get('REMOTE_USER'),
+            'host': get('HTTP_HOST'), 'proto': get('SERVER_PROTOCOL'), 'uagent': get('HTTP_USER_AGENT'),
+            'referer': get('HTTP_REFERER'), 'cl': get('CONTENT_LENGTH') or 0,
+            'micros': int(took * 1e6), 'msecs': int(took * 1e3), 'secs': f'{took:.6f}',
+            'tmsecs': int((now - took) * 1e3), 'tmicros': int((now - took) * 1e6), 'time': int(now - took),
+            'epoch': int(now), 'ctime': self.date, 'ltime': local, 'ftime': local, 'pid': os.getpid(),
+            'wid': self.worker, 'core': self.core, 'req': self.total[0], 'switches': 1, 'modifier1': 0, 'modifier2': 0})
 
         def fill(name):
-            value = environ.get(name[4:]) if name[:4] == 'var.' else values.get(name)
+            value = get(name[4:]) if name[:4] == 'var.' else values.get(name)
             return '-' if value in (None, '') else str(value).replace('\n', '\\n')
         return substitute('%(', self.format, fill) + '\n'
 
