@@ -1514,7 +1514,7 @@ def client_address(environ, trusted):
 
     def trusts(address):
         return any(ip_address(address) in network for network in trusted)
-    try:
+    with contextlib.suppress(ValueError):               # no address (a unix socket has none)
         if not trusts(environ['REMOTE_ADDR']):
             return
         scheme = words(environ.get('HTTP_X_FORWARDED_PROTO', ''))[-1]
@@ -1525,8 +1525,6 @@ def client_address(environ, trusted):
             environ['REMOTE_ADDR'], environ['REMOTE_PORT'] = address, ''
             if not is_proxy:
                 return
-    except ValueError:                                  # no address (a unix socket has none)
-        pass
 
 
 # ---------------------------------------------------------------------------------------------
