@@ -2025,10 +2025,9 @@ def find_files(mounts, path, indexes, safe=()):
         while os.path.isdir(root + below[:end]) and end < len(below):
             end = (below + '/').find('/', end + 1)
         name = below[:end]
-        if os.path.isdir(root + name):
-            name = next((f"{name.rstrip('/')}/{index}" for index in indexes
-                         if os.path.isfile(f'{root}{name}/{index}')), None)
-        if name is not None and os.path.isfile(root + name):
+        names = [f"{name.rstrip('/')}/{index}" for index in indexes] if os.path.isdir(root + name) else [name]
+        name = next((name for name in names if os.path.isfile(root + name)), None)
+        if name is not None:
             file = os.path.realpath(root + name)
             if any(os.path.commonpath((top, file)) == top for top in (os.path.realpath(root), *safe)):
                 yield file, prefix + name, below[len(name):], root
