@@ -2332,8 +2332,7 @@ def pass_head(output, start_response):
     status = known.get('status') or ('302 Found' if 'location' in known else '200 OK')
     with contextlib.suppress(ValueError):
         status = f'{status} {HTTPStatus(int(status)).phrase}'           # it was only a number
-    not_passed = HOP_BY_HOP | {'status'}
-    start_response(status, [(name, value) for name, value in headers if name.lower() not in not_passed])
+    start_response(status, [(name, value) for name, value in headers if name.lower() not in HOP_BY_HOP | {'status'}])
 
 
 def run_cgi(command, variables, body, seconds, response):
