@@ -4077,8 +4077,8 @@ class Start:
 
     def __init__(self, arguments):
         self.environment = {name: value for name, value in os.environ.items() if name != RELOADED}
-        original = getattr(sys, 'orig_argv', None)      # Python 3.10
-        before = [option for option in original[1:-len(sys.argv)] if option != '-m'] if original else []
+        original = getattr(sys, 'orig_argv', [])        # Python 3.10
+        before = [option for option in original[1:-len(sys.argv)] if option != '-m']
         script, module = os.path.abspath(sys.argv[0]), sys.modules['__main__'].__spec__
         self.program = ['-m', module.name] if module else [script]
         self.command = [sys.executable, *before, *self.program, *arguments]
