@@ -4052,10 +4052,9 @@ class Master:
 # ---------------------------------------------------------------------------------------------
 # 15. Command line
 #
-# main() reads the configuration; start_and_run() has the steps of a start in their order: go where
-# the log is, catch signals, take the sockets and the pidfile, give up root's rights, load the
-# application, become the master (or, without one, the worker). Ports below 1024, chown and /run may need
-# root; no line of the application may run as root, and what a reload binds anew, it binds without.
+# main() reads the configuration; start_and_run() has the steps of a start in their order. Ports below
+# 1024, chown and /run may need root, so it takes sockets and pidfile first; no line of the application
+# may run as root, so it is loaded behind drop_privileges(). What a reload binds anew, it binds without.
 
 def demo(environ, start_response):
     """The application of example.ini: says who answered, and what it was asked. /file sends this file."""
