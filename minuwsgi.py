@@ -812,14 +812,14 @@ class Log(io.FileIO):
     """A descriptor for lines, which holds nobody for longer than a second in ten. Lies under sys.stdout and
     sys.stderr too: an application that prints should neither wait for the log nor fail with it."""
 
-    all, date = [], ''                  # of all: themselves; the option log-date, a format of strftime(), or nothing
+    opened, date = [], ''               # of all: themselves; the option log-date, a format of strftime(), or nothing
     impatient_until = 0.0               # of all too: one that is stuck is enough
 
     def __init__(self, fd, path=None):
         super().__init__(fd, 'w', closefd=False)
         self.fd, self.path, self.looked, self.lost = fd, path, 0.0, 0
         self.look()
-        Log.all.append(self)
+        Log.opened.append(self)
 
     def look(self):
         """What is behind the descriptor now? Only a file never makes us wait."""
@@ -920,7 +920,7 @@ def mtime(name):
 
 def follow_logs(*_):
     """Now, not only before the next line: the old file can be compressed."""
-    for one in Log.all:
+    for one in Log.opened:
         one.follow()
 
 
@@ -1009,7 +1009,7 @@ class RequestLog:
 # (umask round bind), and its file is removed only while it is still ours (device and inode), as
 # another server may have taken the name over.
 
-LISTEN_MAX = int(read_if_there('/proc/sys/net/core/somaxconn') or 1 << 30)      # it cuts silently, see listen(2)
+LISTEN_MAX = int(read_if_there('/proc/sys/net/core/somaxconn') or 1 << 30)     # the kernel cuts silently: listen(2)
 
 
 def vacuum(one):
