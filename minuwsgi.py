@@ -928,8 +928,10 @@ def rotate_log(config):
     """log-maxsize: move the log away when it is too large. Was it?"""
     if config.logto and os.fstat(2).st_size > config.log_maxsize:
         try:
-            os.rename(config.logto, config.log_backupname or f'{config.logto}.{int(time.time())}')
-            return True
+            name = config.log_backupname or f'{config.logto}.{int(time.time())}'
+            if config.log_backupname or not os.path.lexists(name):      # else a second later
+                os.rename(config.logto, name)
+                return True
         except OSError as error:
             config.log_maxsize = 0
             log(f"log-maxsize: can't rename {config.logto}: {error.strerror}")
@@ -1132,7 +1134,8 @@ class Listener:
                 self.bind_unix(where, config)
             else:
                 self.bind_tcp(*where)
-            self.socket.listen(min(config.listen, LISTEN_MAX))
+            self.backlog = min(config.listen, LISTEN_MAX)
+            self.socket.listen(self.backlog)
         except (OSError, ValueError) as error:
             hint = '; ss -ltnp tells by whom' if getattr(error, 'errno', 0) == errno.EADDRINUSE else ''
             raise ConfigError(f"can't bind {address}: {getattr(error, 'strerror', None) or error}{hint}") from None
@@ -1180,6 +1183,32 @@ class Listener:
         if self.protocol == 'uwsgi' and not f'{where[0]}.'.startswith(('127.', '::1.')):
             log(f'warning: {self.name} believes whoever reaches it, as the uwsgi protocol has it (REMOTE_ADDR, '
                 'REMOTE_USER …): let a firewall admit the web server alone, or bind 127.0.0.1 or a path')
+
+    def queue(self):
+        """(connections that wait, how many may), see tcp(7) on TCP_INFO, sock_diag(7); zeros where nobody knows."""
+        try:
+            if self.socket.family != socket.AF_UNIX:
+                info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+                return struct.unpack_from('=II', info, 24)      # tcpi_unacked, tcpi_sacked
+            with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as netlink:   # NETLINK_SOCK_DIAG
+                inode = os.fstat(self.socket.fileno()).st_ino
+                netlink.setblocking(False)
+                netlink.send(struct.pack('=IHHIIBBHIIIII', 40, 20, 1, 0, 0, socket.AF_UNIX, 0, 0, 1 << 10, inode,
+                                         0x10, 0xffffffff, 0xffffffff))             # UDIAG_SHOW_RQLEN
+                answer = netlink.recv(4096)
+            size, kind = struct.unpack_from('=HH', answer, 32)  # behind nlmsghdr and unix_diag_msg
+            return struct.unpack_from('=II', answer, 36) if kind == 4 else (0, 0)   # UNIX_DIAG_RQLEN
+        except (OSError, AttributeError, struct.error):
+            return 0, 0
+
+    def waiting(self):
+        """How many connections wait at the most."""
+        waiting, most = self.queue()
+        return waiting if most else self.backlog
+
+    def is_lost(self):
+        """Has somebody removed its file?"""
+        return self.inode is not None and not os.path.lexists(self.name)
 
     def is_ours(self):
         """Has it a file, and is that still the one that was bound here?"""
@@ -2591,7 +2620,7 @@ class KeptConnections:
     def __init__(self, listeners, config, dead_end):
         self.listeners, self.config, self.parked = listeners, config, {}        # parked: descriptor -> Connection
         self.dead_end = dead_end                        # a pipe that has hung up: at a stop it wakes who waits
-        self.undrained, self.drain_until = set(), math.inf      # at a stop: listeners where somebody may wait yet
+        self.undrained, self.drain_until = {}, math.inf         # at a stop: listener -> how many may wait there yet
         self.closing_at = math.inf                      # when a stopping worker leaves those that are silent
         self.next_look = 0.0
         self.poll = select.epoll()
@@ -2654,8 +2683,16 @@ class KeptConnections:
         for fd in self.listeners:
             with contextlib.suppress(OSError):
                 self.poll.unregister(fd)
-        self.undrained = set(self.listeners)            # not before: until now it could tell us of another one
+        # Not before: until now it could tell us of another one. No more than these: others may come for ever.
+        self.undrained = {fd: listener.waiting() for fd, listener in self.listeners.items()}
         self.poll.register(self.dead_end, 0)
+
+    def may_accept(self, fd):
+        """At a stop: is there one of those who waited then?"""
+        left = self.undrained.pop(fd, 0)
+        if left > 1:
+            self.undrained[fd] = left - 1
+        return left > 0
 
     def look_at_time(self, busy, jobs):
         """Once a second: close those whose time is up. At a stop: leave when nothing more comes, and no job can give
@@ -2933,10 +2970,12 @@ class Core:
                         if fd == kept.dead_end:         # it stays so, for all threads
                             time.sleep(0.01)
                         continue
+                    if self.worker.stopping and not kept.may_accept(fd):
+                        continue
                     try:
                         new, address = listener.socket._accept()
                     except BlockingIOError:             # another worker was faster
-                        kept.undrained.discard(fd)
+                        kept.undrained.pop(fd, None)
                         continue
                     finally:
                         self.busy = True
@@ -3046,7 +3085,7 @@ class Worker:
         if others or config.threads > 1 or listener.protocol != 'uwsgi':
             self.kept = KeptConnections(self.listeners, config, self.dead_end)
         self.stopping = False
-        self.waiting = None                             # at a stop, without `kept`: the listener, for those who wait
+        self.waiting, self.may_wait = None, 0           # at a stop, without `kept`: the listener, how many wait there
         self.offloaders = [Offloader() for _ in range(max(1, config.offload_threads))]
         self.next_offloader = itertools.cycle(self.offloaders).__next__
         self.alarm_for = -1.0                           # set_alarm() is for the request after so many
@@ -3090,7 +3129,7 @@ class Worker:
         self.tell_master(READY)
         cores[0].serve(accept)
         if self.waiting is not None:
-            cores[0].serve(self.waiting._accept)
+            cores[0].serve(self.accept_waiting)
         for thread in threads:
             thread.join()
         for offloader in self.offloaders:
@@ -3155,16 +3194,24 @@ class Worker:
         if self.stopping:                               # the master repeats it, to interrupt accept()
             return
         self.stopping, self.rows[0].numbers[LEAVING] = True, 2          # 2: the master sees that it was heard
-        drain = number == signal.SIGTERM
         if self.kept:
-            self.kept.stop(drain)
-            return
-        (fd, listener), = self.listeners.items()
-        if drain:
+            self.kept.stop(drain=number == signal.SIGTERM)
+        elif number == signal.SIGTERM:
+            (listener,) = self.listeners.values()
+            self.may_wait = listener.waiting()
             with contextlib.suppress(OSError):          # there may be no descriptor left for it
                 self.waiting = listener.socket.dup()
                 self.waiting.setblocking(False)         # for all that share it: they stop too, or see must_stop()
-        os.dup2(self.dead_end, fd, inheritable=False)
+        if not self.kept or number == signal.SIGIO:     # then the next master needs the address
+            for fd in self.listeners:
+                os.dup2(self.dead_end, fd, inheritable=False)
+
+    def accept_waiting(self):
+        """Stands in for accept() at a stop: for those who waited then, since others may come for ever."""
+        if not self.may_wait:
+            raise OSError(errno.ENOTSOCK, 'told to stop')
+        self.may_wait -= 1
+        return self.waiting._accept()
 
     def before_fork(self, cores):
         """The application forks: note what its child inherits. Signals wait: Python loses one that comes too early."""
@@ -3410,24 +3457,6 @@ def state_of(rows):
                        'vars': [], 'req_info': {}, **NEVER} for i, row in enumerate(rows)]}
 
 
-def queue(listener):
-    """(connections that wait, how many may) of a listening socket: tcp(7) TCP_INFO, sock_diag(7)."""
-    try:
-        if listener.socket.family != socket.AF_UNIX:
-            info = listener.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
-            return struct.unpack_from('=II', info, 24)          # tcpi_unacked, tcpi_sacked
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 4) as netlink:       # NETLINK_SOCK_DIAG
-            inode = os.fstat(listener.socket.fileno()).st_ino
-            netlink.setblocking(False)
-            netlink.send(struct.pack('=IHHIIBBHIIIII', 40, 20, 1, 0, 0, socket.AF_UNIX, 0, 0, 1 << 10, inode,
-                                     0x10, 0xffffffff, 0xffffffff))                 # UDIAG_SHOW_RQLEN
-            answer = netlink.recv(4096)
-        size, kind = struct.unpack_from('=HH', answer, 32)      # behind nlmsghdr and unix_diag_msg
-        return struct.unpack_from('=II', answer, 36) if kind == 4 else (0, 0)       # UNIX_DIAG_RQLEN
-    except (OSError, AttributeError, struct.error):
-        return 0, 0
-
-
 class Stats:
     """The state of the server for uwsgitop and others: one JSON document for each connection, or with
     stats-http GET / (JSON), /metrics (Prometheus) and /health."""
@@ -3486,7 +3515,7 @@ class Stats:
 
     def json(self):
         import json
-        queues = [(listener, *queue(listener)) for listener in self.master.listeners]
+        queues = [(listener, *listener.queue()) for listener in self.master.listeners]
         waiting = sum(waiting for _, waiting, _ in queues)
         return json.dumps({
             'version': __version__, 'pid': os.getpid(), 'uid': os.getuid(), 'gid': os.getgid(), 'cwd': self.directory,
@@ -3498,7 +3527,7 @@ class Stats:
     def metrics(self):
         workers = {worker['id']: worker for worker in self.workers()}           # during a reload the new ones
         lines = ['# TYPE minuwsgi_listen_queue gauge']
-        lines += [f'minuwsgi_listen_queue{{socket="{one.name}"}} {queue(one)[0]}' for one in self.master.listeners]
+        lines += [f'minuwsgi_listen_queue{{socket="{one.name}"}} {one.queue()[0]}' for one in self.master.listeners]
         for name, kind, key in (('requests_total', 'counter', 'requests'), ('errors_total', 'counter', 'exceptions'),
                                 ('deaths_total', 'counter', 'deaths'), ('harakiris_total', 'counter', 'harakiri_count'),
                                 ('rss_bytes', 'gauge', 'rss'), ('busy', 'gauge', 'serving')):
@@ -3564,6 +3593,30 @@ def catch_signals(pipe, starting=False):
     for number in SIGNALS:
         signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())      # they are blocked over the exec of a reload
+
+
+class ForkGuard:
+    """What a fork() in this process means, from now on. A worker becomes what it has to be by itself. What the
+    application forks, while it is loaded or in a thread, is no server: signals for it must not come to us, and it
+    must not hold sockets for longer than we do. Signals wait meanwhile, since they would find it half done."""
+
+    def __init__(self, owned):
+        self.owned, self.pid, self.is_worker = owned, os.getpid(), False        # is_worker: of the fork at hand
+        os.register_at_fork(before=self.mask(signal.SIG_BLOCK), after_in_parent=self.mask(signal.SIG_UNBLOCK),
+                            after_in_child=self.in_child)
+
+    def mask(self, how):
+        return lambda: os.getpid() == self.pid and signal.pthread_sigmask(how, SIGNALS)
+
+    def in_child(self):
+        if self.pid and not self.is_worker:
+            signal.set_wakeup_fd(-1)
+            for number in SIGNALS:
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            for one in self.owned:
+                one.socket.close()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        self.pid = None                                 # its own forks are its own business
 
 
 def oom_kills():
@@ -3638,6 +3691,10 @@ class Child:
         log(f'{self} leaves: {why}')
         self.numbers[LEAVING] = 1
 
+    def kill(self, number):
+        with contextlib.suppress(ProcessLookupError):   # the application may wait for our children: reap() will see it
+            os.kill(self.pid, number)
+
     def busy(self):
         """[(when it began, row)] of its requests. The time is read once: a request may end meanwhile."""
         return [(began, row) for row in self.rows if (began := row.numbers[STARTED])]
@@ -3655,8 +3712,9 @@ class Child:
 class Master:
     """The process that owns the sockets, and keeps the workers that there should be."""
 
-    def __init__(self, config, owned, application, start, signals, uwsgi, workers, touched):
+    def __init__(self, config, owned, application, start, guard, signals, uwsgi, workers, touched):
         self.config, self.owned, self.application, self.uwsgi = config, owned, application, uwsgi
+        self.guard, self.dropped = guard, False         # dropped: does nobody but the old workers listen somewhere?
         self.start, self.signals, self.touched = start, signals, touched        # {file to be touched: its time}
         self.listeners = [one for one in owned if one.protocol in ('uwsgi', 'http')]
         self.stats, self.command = Stats(self), worker_command(config)
@@ -3666,7 +3724,7 @@ class Master:
         self.total = memoryview(mmap.mmap(-1, 4096)).cast('Q')
         self.now, self.wake = time.monotonic(), math.inf        # of a turn: when it began, when the next is due
         self.stopping, self.echo_until = 0, 0.0         # 1: gracefully, 2 and more: at once; see stop()
-        self.reload_wanted, self.proof = False, None    # proof: the pid of the child that tries a reload
+        self.reload_wanted, self.proof, self.proof_began = False, None, 0.0     # proof: pid of who tries a reload
         self.announced = False
         self.failures, self.not_before = 0, 0.0         # deaths in a row, and the end of the back-off
         self.exit_code, self.oom_kills = 0, oom_kills()
@@ -3716,7 +3774,7 @@ class Master:
                 return
             for child in self.children.values():
                 if not child.foreign:
-                    os.kill(child.pid, number)
+                    child.kill(number)
                 elif number == signal.SIGUSR1:          # it keeps the log that it began with: replace it
                     child.numbers[LEAVING] = 1
 
@@ -3726,6 +3784,7 @@ class Master:
         if self.now < self.echo_until and not at_once:
             return
         self.stopping, self.echo_until = self.stopping + 1 + at_once, self.now + 0.5
+        self.start.at_once = self.stopping > 1
         busy = ''
         for child in self.children.values():
             child.told_at = min(child.told_at, self.now)
@@ -3751,14 +3810,19 @@ class Master:
             self.look_round()
         if not self.stopping:
             self.replace_workers()
-            self.announce()
-            # A second reload waits until the first has replaced all, or can't.
+            # A second reload waits until the first has replaced all, or can't; the proof's code may hang.
+            patience = min(10, self.config.worker_reload_mercy)
             replacing = any(child.old for child in self.serving()) and self.now >= self.not_before
             if self.reload_wanted and self.proof is None and not replacing:
                 self.try_reload()
+            elif self.reload_wanted and self.proof is not None and self.due(self.proof_began + patience):
+                log('reload: the code that was tried since then is given up for newer code')
+                os.kill(self.proof, signal.SIGKILL)
         for child in self.children.values():
             if not child.killed:
                 self.keep_time(child)
+        if not self.stopping:
+            self.announce()                             # now that the old workers were told to stop
 
     def wake_at(self, when):
         self.wake = min(self.wake, when)
@@ -3778,13 +3842,16 @@ class Master:
 
     def reap(self):
         """Take note of all children that ended; as pid 1 of a container there are strangers among them."""
-        with contextlib.suppress(ChildProcessError):
+        try:
             while (ended := os.wait4(-1, os.WNOHANG))[0]:
                 pid, code = ended[0], os.waitstatus_to_exitcode(ended[1])
                 if pid == self.proof:
                     self.after_proof(code)
                 elif pid in self.children:
                     self.bury(self.children.pop(pid), code, ended[2].ru_maxrss // 1024)
+        except ChildProcessError:                       # there is none: has the application waited for ours?
+            for pid in list(self.children):
+                self.bury(self.children.pop(pid), 0, 0)
 
     def bury(self, child, code, rss):
         """A worker ended: say why if nobody asked it to, and slow down if that comes again and again."""
@@ -3793,6 +3860,8 @@ class Master:
         told = child.told_at < math.inf and (self.stopping or code in (0, -signal.SIGTERM, -signal.SIGHUP))
         if child.killed or told:
             return
+        if child.numbers[LEAVING] == 2 and not code:
+            return log(f'{child} ended: somebody else told it to')
         ready, doing = self.is_ready(child), child.doing('at ')
         when = doing or ('at what is unknown since the reload' if child.old else
                          'while idle' if ready else 'before it was ready')
@@ -3803,7 +3872,10 @@ class Master:
         if code and not (self.announced or ready or any(map(self.is_ready, self.children.values()))):
             self.exit_code = EXIT_NO_APP if self.command or code < 0 else code
             self.stopping = 2                           # no use in trying again; a supervisor must see it
-        elif self.failures:
+        elif self.not_before == math.inf and not self.children and self.proof is None:
+            log('no worker is left, and none can be started since the last reload')
+            self.exit_code, self.stopping = EXIT_CONFIG, 2
+        elif self.failures and self.not_before < math.inf:
             seconds = min(30, 0.5 * 2 ** min(self.failures - 1, 6))
             self.not_before = max(self.not_before, self.now + seconds)
             log(f'a new one comes in {seconds:g} s')
@@ -3852,7 +3924,7 @@ class Master:
         if why:
             log(f'{child} is killed: {why}' + child.doing(', at '))
             child.killed, child.told_at = True, min(child.told_at, self.now)
-            os.kill(child.pid, signal.SIGKILL)
+            child.kill(signal.SIGKILL)
 
     def overdue_end(self, child):
         """Tell a worker to stop, if it has to. Why it must be killed, else ''."""
@@ -3860,7 +3932,8 @@ class Master:
         if child.told_at == math.inf:
             return ''
         if child.told_at == self.now or child.foreign != 'unknown':
-            os.kill(child.pid, signal.SIGTERM if self.stopping or child.foreign else signal.SIGHUP)
+            drain = self.stopping or child.foreign or child.old and self.dropped
+            child.kill(signal.SIGTERM if drain else signal.SIGHUP)
             self.wake_at(self.now + 0.1)                # again and again: it may come just before an accept(); but an
                                                         # unknown program may take the second for "at once"
         heard = child.foreign or child.busy() or child.numbers[LEAVING] == 2
@@ -3876,7 +3949,7 @@ class Master:
         if not (config.harakiri and self.due(began + config.harakiri)):
             return ''                                   # idle: look again when a request from now on would be
         if began != child.alarm[0]:                     # once; then it has harakiri-graceful-timeout
-            os.kill(child.pid, signal.SIGALRM)
+            child.kill(signal.SIGALRM)
             child.alarm = began, self.now
             self.harakiris[child.number] += 1
         return f'harakiri = {config.harakiri}' if self.due(child.alarm[1] + config.harakiri_graceful_timeout) else ''
@@ -3909,7 +3982,7 @@ class Master:
         """cheaper: a step more when all workers are busy, or (backlog) too many connections wait; one less when two
         or more were idle at 2 * cheaper-overload looks since then."""
         config, before = self.config, self.wanted
-        waiting = sum(queue(listener)[0] for listener in self.listeners)
+        waiting = sum(listener.queue()[0] for listener in self.listeners)
         backlog = self.command or config.cheaper_algo == 'backlog'      # whether a program is busy isn't known
         if (waiting > config.cheaper_overload if backlog else busy == there) or waiting and busy == there:
             self.calm, self.wanted = 0, min(config.processes, self.wanted + config.cheaper_step)
@@ -3923,8 +3996,7 @@ class Master:
     # -- a worker's life
 
     def spawn(self, number):
-        """fork(), and all that belongs to it. The signals are blocked meanwhile: a signal to the young
-        child would otherwise go into the pipe that it still shares with its parent."""
+        """fork(), and all that belongs to it."""
         rows = next((rows for rows in self.all_rows if not rows[0].numbers[PID]), None)
         if rows is None:                                # so many old ones are still finishing
             return
@@ -3932,7 +4004,7 @@ class Master:
             row.memory[NUMBERS:] = bytes(ROW_SIZE - NUMBERS)
         flush_streams()
         master, pipe, pid = os.getpid(), (), None
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        self.guard.is_worker = True
         try:
             pipe = lifeline, hold = os.pipe()
             pid = os.fork()
@@ -3942,7 +4014,7 @@ class Master:
             self.wake_at(self.not_before)
         if pid == 0:
             self.live_as_worker(number, rows, lifeline, hold, master)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        self.guard.is_worker = False
         for fd in pipe[:1] if pid else pipe:
             os.close(fd)
         if pid:
@@ -4007,18 +4079,20 @@ class Master:
         self.reload_wanted = False
         log('reload: trying the new configuration and application')
         self.notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}\nSTATUS=reloading')
+        self.proof_began = self.now
         self.proof = self.start_python(os.posix_spawn, ['--check'], {}, setsigmask=(), setsigdef=SIGNALS,
                                        file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)])
 
     def after_proof(self, code):
         """Then the same process with new code. It inherits what we own and our children, see inherited_state()."""
         self.proof = None
-        if code and not self.stopping:
+        if code and not (self.stopping or self.reload_wanted):
             return self.reload_failed(f'{self.cause(code)}, see above; the old code goes on serving')
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
         self.take_signals()                             # what came before would be lost
-        if not self.stopping and not self.reload_wanted:        # else there is newer code to be proved
+        if not (code or self.stopping or self.reload_wanted):   # else there is newer code to be proved
             import json
+            self.start.tell_parent()
             owned = [(one.address, one.protocol, one.inode, one.socket.fileno()) for one in self.owned]
             workers = [(c.pid, c.number, c.born, c.foreign, c.told_at, c.hold) for c in self.children.values()]
             for *_, fd in owned + workers:
@@ -4033,6 +4107,8 @@ class Master:
         try:
             here = os.open('.', os.O_RDONLY)
             os.fchdir(self.start.directory)
+            with contextlib.suppress(OSError):          # it may have been removed and made again
+                os.chdir(self.start.path)
             try:
                 os.getcwd()                             # fails if the directory was removed: the new image would, too
                 return how(sys.executable, self.start.command + arguments, {**self.start.environment, **environment},
@@ -4076,15 +4152,17 @@ class Start:
 
     def __init__(self, arguments):
         self.environment = {name: value for name, value in os.environ.items() if name != RELOADED}
-        original = getattr(sys, 'orig_argv', [])        # Python 3.10
-        before = [option for option in original[1:-len(sys.argv)] if option != '-m']
         script, module = os.path.abspath(sys.argv[0]), sys.modules['__main__'].__spec__
+        before = getattr(sys, 'orig_argv', [])[1:-len(sys.argv)]        # Python 3.10
+        if module and before:                           # -m, or at the end of another: -um
+            before[-1:] = [before[-1][:-1]] if before[-1] != '-m' else []
         self.program = ['-m', module.name] if module else [script]
         self.command = [sys.executable, *before, *self.program, *arguments]
         if os.path.dirname(script) != os.getcwd():      # another Python may find no module of that name
             self.program = [script]
-        self.directory = os.open('.', os.O_RDONLY)
+        self.directory, self.path = os.open('.', os.O_RDONLY), os.getcwd()
         self.parent = None                              # the end of a pipe to who waits in front
+        self.at_once = False                            # should it end without waiting for anything?
 
     def daemonize(self, name):
         """Go on in the background. The process in front waits until the workers are ready; if they never
@@ -4098,8 +4176,11 @@ class Start:
             os.dup2(os.open(os.devnull, os.O_RDWR), 0)
             return
         os.close(self.parent)
-        if os.read(wait, 1):
-            os._exit(0)
+        try:
+            if os.read(wait, 1):
+                os._exit(0)
+        except KeyboardInterrupt:
+            os.kill(pid, signal.SIGTERM)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         with contextlib.suppress(OSError), open(name, 'rb') as file:
             file.seek(at)
@@ -4108,7 +4189,8 @@ class Start:
 
     def tell_parent(self):
         if self.parent is not None:
-            os.write(self.parent, b'.')
+            with contextlib.suppress(OSError):          # it may have been ended
+                os.write(self.parent, b'.')
             os.close(self.parent)
             self.parent = None
 
@@ -4212,6 +4294,9 @@ class Pidfile:
         except OSError as error:
             raise ConfigError(f"pidfile = {address}: can't write it: {error.strerror}") from None
 
+    def is_lost(self):
+        return False                                    # it is locked all the same
+
     def is_ours(self):
         return os.path.samefile(self.name, self.socket.fileno())
 
@@ -4219,7 +4304,7 @@ class Pidfile:
 def known_as(name):
     """The names of a socket that an option may mean: [::]:80 is 0.0.0.0:80 too to the kernel, if not told otherwise."""
     port = name.removeprefix('0.0.0.0').removeprefix('[::]')
-    return name, '0.0.0.0' + port, '[::]' + port
+    return name, os.path.abspath(name), '0.0.0.0' + port, '[::]' + port
 
 
 def activated():
@@ -4231,7 +4316,7 @@ def activated():
     return found
 
 
-def own(config, owned, address, protocol, inode=None, fd=None):
+def own(config, owned, address, protocol, inode, fd):
     """Bind an address, or create the pidfile; or, with a descriptor, go on with what is there already."""
     with config.named(address):
         owned.append((Pidfile if protocol == 'pidfile' else Listener)(address, protocol, config, fd, inode))
@@ -4254,15 +4339,17 @@ def bind(config, owned):
     config.socket_owner = socket_owner(config)
     wanted = {name: next((given.pop(one) for one in known_as(name[0]) if one in given), None) for name in names}
     wanted.update({(f'fd://{fd}', config.protocol): fd for fd in given.values() if f'fd://{fd}' not in dict(names)})
-    before = {(one.address, one.protocol) for one in owned}
+    unwanted = [one for one in owned if (one.address, one.protocol) not in wanted or one.is_lost()]
+    before = {(one.address, one.protocol) for one in owned if one not in unwanted}
+    spare = {one.name: one for one in unwanted if not one.is_lost()}    # they may go on with another name or protocol
     for name, fd in wanted.items():
+        old = next((spare[one] for one in known_as(name[0]) if one in spare), None) if fd is None else None
         if name not in before:
-            own(config, owned, *name, fd=fd)
-    unwanted = [one for one in owned if (one.address, one.protocol) not in wanted]
-    if not any(protocol in ('uwsgi', 'http') for _, protocol in wanted):
+            own(config, owned, *name, old and old.inode, old.socket.fileno() if old else fd)
+    ours = [one for one in owned if one not in unwanted]
+    if not any(one.protocol in ('uwsgi', 'http') for one in ours):
         raise ConfigError(NO_SOCKET)
-    log('listening on ' + ', '.join(f'{one.name} ({one.protocol})' for one in owned
-                                    if one.protocol != 'pidfile' and one not in unwanted))
+    log('listening on ' + ', '.join(f'{one.name} ({one.protocol})' for one in ours if one.protocol != 'pidfile'))
     if config.listen > LISTEN_MAX:
         log(f'listen = {config.listen}: the kernel allows {LISTEN_MAX}; '
             f'for more: sysctl net.core.somaxconn={config.listen}')
@@ -4273,9 +4360,10 @@ def disown(owned, unwanted):
     """Not before the new code is loaded: the old workers may have to serve on."""
     kept = {one.socket.fileno() for one in owned if one not in unwanted}
     for one in unwanted:
-        vacuum(one)
-        if one.socket.fileno() in kept:                 # systemd's, which has another name or protocol now
+        if one.socket.fileno() in kept:                 # it has another name or protocol now
             one.socket.detach()
+        else:
+            vacuum(one)
         one.socket.close()
         owned.remove(one)
 
@@ -4381,7 +4469,7 @@ def start_and_run(config, start, owned):
     signals, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     catch_signals(wake, starting=not reloaded)          # after a reload there are workers to be stopped in order
     uwsgi, lazy = offer_uwsgi_module(config), config.lazy_apps and (config.master or reloaded)
-    application, code = None, EXIT_CONFIG
+    application, code, guard = None, EXIT_CONFIG, ForkGuard(owned)
     try:
         for one in inherited:                           # first what must not get lost, whatever fails
             own(config, owned, *one)
@@ -4402,14 +4490,20 @@ def start_and_run(config, start, owned):
         log_exception('minuwsgi: the start failed')     # there are workers to be kept
     touched = {name: mtime(name) for name in config.touch_reload + config.touch_chain_reload}   # before we load
     if not (code or lazy):
-        application = load_or_log(config)
+        catch_signals(wake, starting=True)
+        try:
+            application = load_or_log(config)
+        except Stopped:
+            if not reloaded:
+                raise                                   # else run() finds the signal in the pipe, and stops all
         code = EXIT_NO_APP if application is None else 0
     if not code:
         disown(owned, unwanted)
     elif not reloaded:
         return code
     catch_signals(wake)
-    master = Master(config, owned, application, start, signals, uwsgi, workers, touched)
+    master = Master(config, owned, application, start, guard, signals, uwsgi, workers, touched)
+    master.dropped = not code and any(one.protocol in ('uwsgi', 'http') for one in unwanted)
     if code:
         master.not_before = math.inf
         master.reload_failed('see above; the old workers go on serving, none can be replaced until the next reload')
@@ -4429,6 +4523,11 @@ def serve(config, start):
     finally:
         for one in owned if config.vacuum else ():
             vacuum(one)
+    for number in signal.SIGINT, signal.SIGQUIT:
+        signal.signal(number, lambda *_: os._exit(code))
+    if start.at_once:
+        flush_streams()
+        os._exit(code)
     return finish_process(config.worker_reload_mercy, code)
 
 

@@ -3603,6 +3603,19 @@ class TestProcesses:
         assert eval(server.ask('environ').body)['wsgi.multithread'] == 'True'
         assert len({answer.release().body for answer in held}) == 1
 
+    @pytest.mark.parametrize('ini', ['http-socket = 127.0.0.1:{}', 'threads = 2\nhttp-socket = 127.0.0.1:{}'])
+    def test_after_kill_9_of_the_master_the_next_one_can_start(self, start, tmp, ini):
+        """Though a worker of the first is still at a request."""
+        ini = ini.format(free_port())
+        server = start(SLOW, f'{ini}\nsocket = s')
+        held = Held(server, tmp)
+        (worker,) = server.workers()
+        server.kill(signal.SIGKILL)
+        server.process.wait()
+        assert start(SLOW, f'{ini}\nsocket = t').wait_for('^ready')
+        assert alive(worker) and held.release().body.startswith(b'done')
+        wait_until(lambda: not alive(worker), 'its end')
+
     def test_kill_9_of_the_master_ends_the_workers_at_once(self, start, tmp):
         server = start(SLOW, 'processes = 3')
         workers = server.workers()
@@ -3697,6 +3710,46 @@ def slept(pid):
     return int(re.search(r'^voluntary_ctxt_switches:\s*(\d+)', status, re.M)[1])
 
 
+class TestForks:
+    """What an application forks while it is loaded is no server."""
+
+    CHILD = """
+        import os, signal, time
+        pid = os.fork()
+        if not pid:
+            time.sleep(1000)
+            os._exit(0)
+        open('pids', 'a').write(f'{pid} ')
+        """
+
+    def test_a_signal_for_it_is_none_for_the_server(self, start, tmp):
+        server = start(textwrap.dedent(self.CHILD) + HELLO)
+        pid = int((tmp / 'pids').read_text())
+        for number in signal.SIGHUP, signal.SIGTERM:
+            os.kill(pid, number)
+        wait_until(lambda: not alive(pid), 'its end')
+        assert server.ask().body == b'hello\n' and 'stopping' not in server.log and 'reload' not in server.log
+
+    def test_it_can_be_ended_while_the_application_is_loaded(self, start):
+        server = start(textwrap.dedent(self.CHILD) + 'os.kill(pid, signal.SIGTERM)\n'
+                       'ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])\n' + HELLO.replace('hello', '%d'))
+        assert server.ask().body == b'%d\n'
+
+    def test_it_does_not_keep_the_sockets(self, start, tmp):
+        server = start(textwrap.dedent(self.CHILD) + HELLO, 'pidfile = p', http=True)
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        pids = [int(pid) for pid in (tmp / 'pids').read_text().split()]
+        try:
+            server.kill(signal.SIGTERM)
+            assert server.process.wait(PATIENCE) == 0 and len(pids) == 3 and all(map(alive, pids))
+            server = start(HELLO, f'pidfile = p\nsocket = s\nhttp-socket = 127.0.0.1:{server.http[1]}')
+            assert server.ask().body == b'hello\n'
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+
+
 class TestStop:
     """A stop loses nothing that was accepted or waits, and says what it waits for."""
 
@@ -3749,6 +3802,30 @@ class TestStop:
         server.wait_for('stopping')
         select.select([], [], [], 0.2)                  # the others come meanwhile
         assert held.release().body.startswith(b'done')
+        assert server.wait() == 0
+
+    @pytest.mark.parametrize('ini', ['', 'threads = 2', 'http-socket = s'])
+    def test_a_stop_ends_though_requests_keep_coming(self, start, ini):
+        server = start('import time\n' + HELLO.replace("return", "time.sleep(0.02); return"), ini)
+        request = b'GET / HTTP/1.0\r\n\r\n' if 'http' in ini else packet()
+        ended = threading.Event()
+
+        def ask_again_and_again():
+            with contextlib.suppress(OSError):          # at the end nobody listens
+                while not ended.is_set():
+                    exchange(server.socket, request)
+        clients = [threading.Thread(target=ask_again_and_again) for _ in range(6)]
+        for client in clients:
+            client.start()
+        server.kill(signal.SIGTERM)
+        assert server.wait() == 0
+        ended.set()
+        for client in clients:
+            client.join()
+
+    def test_at_once_waits_for_no_thread_of_the_application(self, start):
+        server = start('import threading\nthreading.Thread(target=threading.Event().wait).start()\n' + HELLO)
+        server.kill(signal.SIGQUIT)
         assert server.wait() == 0
 
     def test_a_request_without_end_is_killed_after_the_mercy(self, start):
@@ -3881,6 +3958,103 @@ class TestReload:
         server.kill(signal.SIGHUP)
         server.wait_for('^ready', 2)
         assert server.ask().body == b'hello\n'
+
+    def test_code_that_hangs_is_given_up_for_newer_code(self, start, tmp):
+        os.mkfifo(tmp / 'fifo')
+        server = start(ini='worker-reload-mercy = 1')
+        (tmp / 'app.py').write_text('open("fifo").read()\n' + HELLO)
+        server.kill(signal.SIGHUP)
+        with open(tmp / 'fifo', 'w'):                   # it hangs there
+            (tmp / 'app.py').write_text(HELLO.replace('hello', 'newer'))
+            server.kill(signal.SIGHUP)
+            server.wait_for('is given up for newer code')
+        server.wait_for('^ready', 2)
+        assert server.ask().body == b'newer\n'
+
+    @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGQUIT])
+    def test_a_stop_is_heard_while_the_reloaded_code_loads(self, start, tmp, number):
+        os.mkfifo(tmp / 'fifo')
+        server = start('open("loads", "a").write("x")\nif len(open("loads").read()) == 3:\n    open("fifo").read()\n'
+                       + HELLO, 'vacuum = true')
+        server.kill(signal.SIGHUP)
+        server.wait_for('reloaded$')
+        wait_until(lambda: len((tmp / 'loads').read_text()) == 3, 'the third time')
+        server.kill(number)
+        assert server.wait() == 0 and not os.path.exists(server.socket)
+
+    def test_a_server_without_workers_that_can_start_none_ends(self, start, tmp):
+        server = start(ini='socket = s')
+        with socket.socket() as other:
+            other.bind(('127.0.0.1', 0))
+            other.listen()
+            (tmp / 'app.ini').write_text('[uwsgi]\nmodule = app\nsocket = s\nhttp-socket = 127.0.0.1:%d\n'
+                                         % other.getsockname()[1])
+            server.kill(signal.SIGHUP)
+            server.wait_for('the old workers go on serving')
+            os.kill(server.workers()[0], signal.SIGSEGV)
+            assert server.wait() == 1 and 'no worker is left' in server.log
+
+    def test_an_address_may_be_written_in_another_way_or_get_another_protocol(self, start, tmp):
+        port = free_port()
+        server = start(ini=f'socket = s\nsocket = :{port}')
+        request = b'GET / HTTP/1.0\r\n\r\n'
+        for i, (ini, path, tcp) in enumerate([
+                (f'http-socket = {tmp}/s\nsocket = 0.0.0.0:{port}', request, packet()),
+                (f'socket = s\nvacuum = true\nhttp-socket = :{port}', packet(), request)]):
+            (tmp / 'app.ini').write_text(f'[uwsgi]\nmodule = app\n{ini}\n')
+            server.kill(signal.SIGHUP)
+            server.wait_for('^ready', i + 2)
+            assert Answer(exchange(server.socket, path)).body == b'hello\n'
+            assert Answer(exchange(('127.0.0.1', port), tcp)).body == b'hello\n'
+        assert server.stop() == 0 and not os.path.exists(server.socket)
+
+    def test_those_who_wait_at_a_socket_that_is_dropped_are_served(self, start, tmp):
+        server = start(SLOW, 'socket = s')
+        held = Held(server, tmp)
+        waiting = [connect(server.socket) for _ in range(3)]
+        for connection in waiting:
+            connection.sendall(packet('hello'))
+        (tmp / 'app.ini').write_text('[uwsgi]\nmodule = app\nsocket = t\n')
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        held.release()
+        for connection in waiting:
+            with connection:
+                assert Answer(read_all(connection)).body == b'hello\n'
+
+    def test_a_socket_whose_file_was_removed_is_made_again(self, start):
+        server = start(ini='vacuum = true')
+        os.unlink(server.socket)
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        assert server.ask().body == b'hello\n'
+        assert server.stop() == 0 and not os.path.exists(server.socket)
+
+    @pytest.mark.parametrize('program', [('-um', 'minuwsgi'), ('-u', '-m', 'minuwsgi'), ('-u', str(MINUWSGI))])
+    def test_a_directory_that_was_made_again_and_options_of_python_do_no_harm(self, tmp, program):
+        site = tmp / 'site'
+
+        def deploy(text):
+            shutil.rmtree(site, ignore_errors=True)
+            site.mkdir()
+            (site / 'app.py').write_text(text)
+            (site / 'app.ini').write_text(f'[uwsgi]\nmodule = app\nsocket = {tmp}/s\n')
+        deploy(HELLO)
+        server = Server(site, ['app.ini'], program=program)
+        server.ready()
+        deploy(HELLO.replace('hello', 'again'))
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        wait_until(lambda: ask(f'{tmp}/s').body == b'again\n', 'the new code')
+        server.end()
+
+    def test_a_worker_that_somebody_else_told_to_go_is_no_failure(self, start):
+        server = start(ini='processes = 2')
+        for _ in range(3):
+            for pid in server.workers():
+                os.kill(pid, signal.SIGHUP)
+        server.wait_for('ended: somebody else told it to', 2)
+        assert server.ask().body == b'hello\n' and 'a new one comes in' not in server.log
 
     def test_an_address_taken_meanwhile_does_not_end_the_server(self, start, tmp):
         """The proof can't bind; what goes wrong after the exec still leaves the old workers."""
@@ -4387,6 +4561,27 @@ class TestDaemon:
         assert run(tmp, '--stop', 'p')[0] == 0
         wait_until(lambda: not (tmp / 'p').exists(), 'the end')
         assert 'ready: 1 worker' in (tmp / 'log').read_text()
+
+    @pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGHUP])
+    def test_a_parent_that_is_ended_takes_nothing_with_it(self, tmp, number):
+        os.mkfifo(tmp / 'fifo')
+        (tmp / 'app.py').write_text('open("fifo").read()\n' + HELLO)
+        server = Server(tmp, ['--socket', 's', '--module', 'app', '--pidfile', 'p', '--daemonize', 'log'])
+        with open(tmp / 'fifo', 'w'):
+            server.kill(number)
+            server.process.wait()
+        wait_until(lambda: 'ready: 1 worker' in (tmp / 'log').read_text(), 'ready')
+        assert server.ask().body == b'hello\n' and run(tmp, '--stop', 'p')[0] == 0
+        wait_until(lambda: run(tmp, '--stop', 'p')[0] == 1, 'the end')
+        assert 'Traceback' not in (tmp / 'log').read_text()
+
+    def test_ctrl_c_at_the_parent_stops_the_start(self, tmp):
+        os.mkfifo(tmp / 'fifo')
+        (tmp / 'app.py').write_text('open("fifo").read()\n' + HELLO)
+        server = Server(tmp, ['--socket', 's', '--module', 'app', '--daemonize', 'log'])
+        with open(tmp / 'fifo', 'w'):
+            server.kill(signal.SIGINT)
+            assert server.wait() == 1 and 'stopped while starting' in server.log and 'Traceback' not in server.log
 
     def test_without_a_master_too(self, tmp):
         (tmp / 'app.py').write_text(HELLO)
