@@ -4004,6 +4004,7 @@ class TestReload:
             (tmp / 'app.ini').write_text(f'[uwsgi]\nmodule = app\n{ini}\n')
             server.kill(signal.SIGHUP)
             server.wait_for('^ready', i + 2)
+            wait_until(lambda: len(server.workers()) == 1, 'the end of those who speak the other protocol')
             assert Answer(exchange(server.socket, path)).body == b'hello\n'
             assert Answer(exchange(('127.0.0.1', port), tcp)).body == b'hello\n'
         assert server.stop() == 0 and not os.path.exists(server.socket)
