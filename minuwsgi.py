@@ -1169,6 +1169,8 @@ class Listener:
         self.socket = socket.socket(family, kind)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)       # what it accepts inherits this
+        with contextlib.suppress(OSError, AttributeError):      # a client that reads slowly is seen to read: else it
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 1 << 16)     # takes MBs until POLLOUT
         if self.protocol == 'uwsgi' and hasattr(socket, 'TCP_DEFER_ACCEPT'):    # its bytes are there then
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 4)
         self.socket.bind(where)
@@ -1542,7 +1544,9 @@ def client_address(environ, trusted):
     from ipaddress import ip_address
 
     def trusts(address):
-        return any(ip_address(address) in network for network in trusted)
+        parsed = ip_address(address)
+        parsed = getattr(parsed, 'ipv4_mapped', None) or parsed         # how [::] sees who comes over IPv4
+        return any(parsed in network for network in trusted)
     with contextlib.suppress(ValueError):               # no address (a unix socket has none)
         if not trusts(environ['REMOTE_ADDR']):
             return
@@ -1550,6 +1554,7 @@ def client_address(environ, trusted):
         if scheme in ('http', 'https'):
             environ['wsgi.url_scheme'] = scheme
         for address in reversed(words(environ.get('HTTP_X_FORWARDED_FOR', ''))):
+            address = address.partition(':')[0] if address.count(':') == 1 else address     # some add the port
             is_proxy = trusts(address)
             environ['REMOTE_ADDR'], environ['REMOTE_PORT'] = address, ''
             if not is_proxy:
@@ -1575,6 +1580,15 @@ def wait_for(fd, event, seconds):
         raise ClientGone(errno.ETIMEDOUT, 'the client was too slow')
 
 
+LOST = frozenset((errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTUNREACH,
+                  errno.ENETUNREACH, errno.ENETDOWN))
+
+
+def lost(error, when):
+    """What an OSError of a connection means: mostly that its client has gone."""
+    return ClientGone(0, when) if error.errno in LOST else error
+
+
 def read_some(fd, buffer, deadline):
     """Read at least one byte into buffer (writable), before a time.monotonic(); how many."""
     while True:
@@ -1583,7 +1597,9 @@ def read_some(fd, buffer, deadline):
         except BlockingIOError:
             wait_for(fd, select.POLLIN, max(0, deadline - time.monotonic()))
             continue
-        except ConnectionError:
+        except OSError as error:
+            if error.errno not in LOST:
+                raise
             got = 0
         if not got:
             raise ClientGone(errno.ECONNRESET, 'the client closed the connection')
@@ -1599,8 +1615,8 @@ def send_chunks(fd, chunks, seconds):
         except BlockingIOError:
             yield select.POLLOUT, seconds
             continue
-        except ConnectionError:
-            raise ClientGone(0, 'before the end of the response') from None
+        except OSError as error:
+            raise lost(error, 'before the end of the response') from None
         done = 0
         while done < len(chunks) and sent >= len(chunks[done]):
             sent -= len(chunks[done])
@@ -1620,11 +1636,9 @@ def send_file(fd, head, file, offset, count, seconds):
             except BlockingIOError:
                 yield select.POLLOUT, seconds
                 continue
-            except ConnectionError:
-                raise ClientGone(0, 'before the end of the file') from None
             except OSError as error:
                 if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-                    raise
+                    raise lost(error, 'before the end of the file') from None
                 data = os.pread(file, min(count, 1 << 18), offset)      # a file system without sendfile
                 sent = len(data)
                 yield from send_chunks(fd, [data], seconds)
@@ -1637,13 +1651,13 @@ def send_file(fd, head, file, offset, count, seconds):
 
 
 def then_drain(fd, job):
-    """A job, and then: take what the client still sends, for at most 64 MiB, a minute or 2 s of silence, so that it
+    """A job, and then: take what the client still sends, for at most 1 GiB, a minute or 2 s of silence, so that it
     reads our answer. Closing with unread bytes would reset the connection, and nginx then answers 502."""
     yield from job
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as connection:
         connection.shutdown(socket.SHUT_WR)
     os.set_blocking(fd, False)
-    left, until = 1 << 26, time.monotonic() + 60
+    left, until = 1 << 30, time.monotonic() + 60
     while left > 0 and time.monotonic() < until:
         try:
             got = os.read(fd, READ_MAX)
@@ -1692,14 +1706,18 @@ class Body(io.RawIOBase):
         self.begun, self.at = begun, 0  # what was received; so much of it is used
         self.patience = timeout         # how long we would wait: what comes slower than BODY_RATE uses it up
         self.wants_continue = False     # the client waits for 100 Continue before it sends
-        self.buffer, self.piece = bytearray(READ_MAX), b''
+        self.buffer, self.piece, self.bad = bytearray(READ_MAX), b'', None
         self.pieces = self.read_chunks(limit) if left < 0 else self.read_plain()
 
     def readable(self):
         return True
 
     def readinto(self, into):
-        self.piece = self.piece or next(self.pieces, b'')
+        try:
+            self.piece = self.piece or next(self.pieces, b'')
+        except BadRequest as error:                     # the answer, whatever the application makes of it
+            self.bad = error
+            raise
         if not self.piece and self.left:                # an error, or the response, has ended it: nobody knows the rest
             raise ClientGone(0, 'before the end of the body')
         size = min(len(into), len(self.piece))
@@ -1807,9 +1825,7 @@ def header_kind(name):
     if not name or not TOKEN.issuperset(name):
         raise ValueError(f'{name!r} is no name of a header')
     kind = name.lower()
-    if kind in HOP_BY_HOP:
-        raise ValueError(f'{name} belongs to the connection: an application must not send it (PEP 3333)')
-    return kind if kind in ('content-length', 'date', 'server') else ''
+    return kind if kind in HOP_BY_HOP or kind in ('content-length', 'date', 'server') else ''
 
 
 def refuse_line_ends(name, value):
@@ -1868,6 +1884,9 @@ class Response:
                 if not value.isdecimal():
                     raise ValueError(f'Content-Length is {value!r}')
                 length = int(value)
+            elif kind in HOP_BY_HOP:                    # that of the connection is ours, as with gunicorn
+                self.keep = self.keep and value.lower() != 'close'
+                continue
             elif kind:
                 own += kind
             head += f'{name}: {value}\r\n'
@@ -1882,8 +1901,8 @@ class Response:
         """The whole head as bytes, to be sent now with what comes first."""
         if self.status is None:
             raise AssertionError("the application didn't call start_response()")
-        self.sent, self.size = True, 0
         self.head += self.http_headers() + self.extra if self.http else self.extra
+        self.sent, self.size = True, 0
         return self.head
 
     def http_headers(self):
@@ -1901,6 +1920,8 @@ class Response:
         elif self.length is None:
             headers += b'Content-Length: %d\r\n' % self.left
         if self.body is not None and self.body.left:
+            if self.body.bad:
+                raise self.body.bad
             self.keep = self.body.wants_continue = False        # it may never come
         if not self.keep:
             headers += b'Connection: close\r\n'
@@ -1946,8 +1967,8 @@ class Response:
             sent = os.write(self.fd, data)
         except BlockingIOError:
             sent = 0
-        except ConnectionError:
-            raise ClientGone(0, 'before the response') from None
+        except OSError as error:
+            raise lost(error, 'before the response') from None
         if sent == len(data):
             return None
         self.unblock()
@@ -1965,7 +1986,12 @@ class Response:
             job = self.file_job(result) if type(result) is FileWrapper else self.list_job(result)
             if job is None:
                 for chunk in result:
+                    if chunk == b'':
+                        continue                        # PEP 3333: the head may still be changed
+                    full = self.sent and self.left == 0
                     self.write(chunk)
+                    if full:                            # nothing more may be sent, so nobody would see the client leave
+                        break
                 job = self.list_job([])
             return run_a_while(self.fd, job)
         finally:
@@ -2513,7 +2539,7 @@ class Offloader:
 
 # A row of the scoreboard, one for each core, in shared memory: the last packet, then these numbers.
 # READY: 1, or from when on it counts as ready. STARTED: when its request began, later by what its client took; 0: there
-# is none, or its head is still coming. BUSY: seconds in all.
+# is none; -1: its head is still coming. BUSY: seconds in all.
 # LEAVING: 1 wants a successor, 2 has heard that it must stop.
 PID, NUMBER, READY, STARTED, REQUESTS, ERRORS, BUSY, LEAVING = range(8)
 NUMBERS = PACKET_MAX + 261              # where they begin: Expected.rest() looks up to 258 bytes beyond a bad packet
@@ -2763,7 +2789,8 @@ class Core:
         memory, buffers, numbers = self.row.memory, self.buffers, self.row.numbers
         response, application, expected = self.response, self.worker.application, self.expected
         start_response, logging, limit = response.start_response, self.worker.logging, self.worker.limit
-        template, kept, requests, busy = self.template, self.kept, int(numbers[REQUESTS]), numbers[BUSY]
+        template, unknown, kept = self.template, {}, self.kept
+        requests, busy = int(numbers[REQUESTS]), numbers[BUSY]
         start, start_end, started_environ, started_pieces, new_environ, all_pieces, planned = expected.plan
         while True:
             try:
@@ -2777,7 +2804,7 @@ class Core:
             response.sent = response.keep = response.chunked = response.head_only = False
             response.blocking = True
             response.status = job = body = None
-            environ, response.http = template, ''
+            environ, response.http = unknown, ''
             variables = size = 0
             try:
                 if began < self.late and hung_up(fd):   # it waited behind a slow request, perhaps for too long
@@ -2849,9 +2876,9 @@ class Core:
             requests += 1
             busy += took
             numbers[REQUESTS], numbers[BUSY] = requests, busy
-            if logging:
-                self.log.add(environ, response, requests, variables or len(environ) - len(template), size, ended,
-                             took)
+            if logging and (size or response.status != '499'):          # else somebody only looked whether we are there
+                self.log.add(environ, response, requests, variables or max(0, len(environ) - len(template)), size,
+                             ended, took)
             if requests >= limit:
                 limit = self.worker.check_limits()
 
@@ -2860,7 +2887,7 @@ class Core:
     def receive(self, fd, got):
         """The head didn't come at once, or isn't for WSGI: read on. (bytes read, end of the packet, modifier1)."""
         packet, deadline = self.row.packet, time.monotonic() + self.config.socket_timeout
-        self.row.numbers[STARTED] = 0.0                 # socket-timeout holds for the head, and not harakiri
+        self.row.numbers[STARTED] = -1.0                # socket-timeout holds for the head, and not harakiri
         while got < 4:
             try:
                 got += read_some(fd, packet[got:], deadline)
@@ -3141,12 +3168,14 @@ class Worker:
         import faulthandler
         handlers = {**dict.fromkeys(SIGNALS, lambda *_: None), **dict.fromkeys(STOP_SIGNALS, self.on_stop),
                     signal.SIGQUIT: signal.SIG_DFL, signal.SIGUSR1: follow_logs, signal.SIGUSR2: self.tell_state,
-                    signal.SIGALRM: self.on_harakiri}
+                    signal.SIGPIPE: signal.SIG_IGN}
+        if self.config.harakiri or signal.getsignal(signal.SIGALRM) in (signal.SIG_DFL, self.on_harakiri):
+            handlers[signal.SIGALRM] = self.on_harakiri         # else the application has its own, and no use for ours
         for number, handler in handlers.items():
             faulthandler.unregister(number)             # when it is called again
             signal.signal(number, handler)
-        for number in signal.SIGUSR2, signal.SIGALRM:   # the stacks come first, and even if Python hangs in C
-            faulthandler.register(number, file=2, chain=True)
+        for number in handlers.keys() & {signal.SIGUSR2, signal.SIGALRM}:
+            faulthandler.register(number, file=2, chain=True)   # the stacks come first, and even if Python hangs in C
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def watch_modules(self):
@@ -3168,7 +3197,7 @@ class Worker:
 
     def tell_state(self, *_):
         log(f'worker {self.number} (pid {self.pid}): '
-            + (', '.join(row.request() for row in self.rows if row.numbers[STARTED]) or 'idle'))
+            + (', '.join(row.request() for row in self.rows if row.numbers[STARTED] > 0) or 'idle'))
 
     def on_harakiri(self, *_):
         """The request takes too long. With one thread it is broken off, and the worker is replaced: after an exception
@@ -3178,7 +3207,7 @@ class Worker:
         started, answered = row.numbers[STARTED], row.numbers[REQUESTS]
         if len(self.rows) > 1:
             self.leave('harakiri, its stacks are above')
-        elif started and (answered == self.alarm_for or limit and now >= started + limit):      # else it came too late
+        elif started > 0 and (answered == self.alarm_for or limit and now >= started + limit):     # else it's too late
             log(f'harakiri: worker {self.number} (pid {self.pid}) at {row.request()} for '
                 f'{(now - started) * 1000:.0f} ms, its Python stack is above')
             self.leave('harakiri')
@@ -3393,6 +3422,9 @@ def load_application(config):
         if application is None and not config.manage_script_name:
             application = next(iter(mounts.values()))   # as in uWSGI
         application = mounted(mounts, config.manage_script_name, application)
+    if not hasattr(select, 'epoll'):
+        raise ConfigError('the application has changed the modules of Python, by monkey.patch_all() of gevent or '
+                          'eventlet: that runs in their own servers alone; leave it out, and set threads = N')
     if application is None:
         raise ConfigError('no application is named: set module = package.module:callable or wsgi-file = FILE')
     if config.chdir2:
@@ -3697,7 +3729,7 @@ class Child:
 
     def busy(self):
         """[(when it began, row)] of its requests. The time is read once: a request may end meanwhile."""
-        return [(began, row) for row in self.rows if (began := row.numbers[STARTED])]
+        return [(began, row) for row in self.rows if (began := row.numbers[STARTED]) > 0]
 
     def doing(self, before):
         """'at GET /path for 41 ms', with 'at ' before it; '' when it is idle."""
@@ -4514,7 +4546,7 @@ def start_and_run(config, start, owned):
 
 
 def serve(config, start):
-    """The server, until it is told to stop. Its exit code."""
+    """The server, until it is told to stop; then this process ends."""
     owned, code = [], 0
     try:
         code = start_and_run(config, start, owned)
@@ -4527,8 +4559,9 @@ def serve(config, start):
         signal.signal(number, lambda *_: os._exit(code))
     if start.at_once:
         flush_streams()
-        os._exit(code)
-    return finish_process(config.worker_reload_mercy, code)
+    else:
+        finish_process(config.worker_reload_mercy, code)
+    os._exit(code)                                      # Python's own end would give the handlers back: a signal kills
 
 
 def send_signal(what, name='PIDFILE'):
