@@ -1880,15 +1880,16 @@ class Response:
                     refuse_line_ends(name, value)
             except AttributeError:
                 raise TypeError(f'the value of {name} must be a str, not {type(value).__name__}') from None
-            if kind == 'content-length':
-                if not value.isdecimal():
-                    raise ValueError(f'Content-Length is {value!r}')
-                length = int(value)
-            elif kind in HOP_BY_HOP:                    # that of the connection is ours, as with gunicorn
-                self.keep = self.keep and value.lower() != 'close'
-                continue
-            elif kind:
-                own += kind
+            if kind:
+                if kind == 'content-length':
+                    if not value.isdecimal():
+                        raise ValueError(f'Content-Length is {value!r}')
+                    length = int(value)
+                elif kind in HOP_BY_HOP:                # the connection is ours, as with gunicorn
+                    self.keep = self.keep and value.lower() != 'close'
+                    continue
+                else:
+                    own += kind
             head += f'{name}: {value}\r\n'
         self.head, self.headers, self.own = head.encode('latin-1'), len(headers), own
         self.length = self.left = length
@@ -2679,9 +2680,9 @@ class KeptConnections:
             if self.parked.get(connection.fd) is connection:
                 raise                                   # else another thread has closed it already
 
-    def keep(self, connection, events=select.EPOLLIN):
+    def keep(self, connection, now, events=select.EPOLLIN):
         """It has had its response, and waits for the next request. One that has come already brings no event any
-        more, but that there is room to write does."""
+        more, but that there is room to write does. now: a time.monotonic()."""
         seconds = self.config.http_timeout
         if connection.data:
             connection.data = skip_empty_lines(connection.data)
@@ -2689,7 +2690,7 @@ class KeptConnections:
             events |= select.EPOLLOUT
             if b'\r\n\r\n' not in connection.data:      # a head has begun
                 seconds = self.config.socket_timeout
-        self.park(connection, time.monotonic() + seconds, events)
+        self.park(connection, now + seconds, events)
 
     def lend(self, connection):
         """It belongs to a job now."""
@@ -2699,7 +2700,7 @@ class KeptConnections:
 
     def take_back(self, connection, fd, ok):
         """The end of the job, in its thread: wait() has to wake up, and to look at the time from now on."""
-        self.keep(connection, select.EPOLLIN | select.EPOLLOUT) if ok else close_hard(fd)
+        self.keep(connection, time.monotonic(), select.EPOLLIN | select.EPOLLOUT) if ok else close_hard(fd)
 
     def stop(self, drain):
         """No new connections but those that wait already, since the kernel may have told us alone of them: all, if
@@ -2862,14 +2863,14 @@ class Core:
             except BaseException as error:
                 self.failed(error)
             numbers[STARTED] = 0.0                      # harakiri isn't for what follows; it is for write() above
+            ended = clock()
             all_done = job is None and body is None and not response.ending
             if all_done and response.keep:
-                kept.keep(connection)
+                kept.keep(connection, ended)
             elif all_done and not (response.http and connection.data):
                 close(fd)
             else:
                 self.let_go(fd, job, body, connection)
-            ended = clock()
             took = ended - began
             if took > 0.1:                              # others have waited meanwhile: are they still there?
                 self.late = ended + 10 * took           # so long it may take until all of them had their turn
@@ -3036,7 +3037,8 @@ class Core:
                 os.close(connection.fd)                 # epoll forgets it too
                 return False
             data += new
-        data = skip_empty_lines(data)
+        if data[:2] == b'\r\n':
+            data = skip_empty_lines(data)
         connection.data, connection.end = data, data.find(b'\r\n\r\n')
         if connection.end < 0 and not hopeless(data):   # from its first byte on a head has socket-timeout in all
             seconds = self.config.socket_timeout if data else self.config.http_timeout
