@@ -4114,7 +4114,7 @@ class Master:
         log('reload: trying the new configuration and application')
         self.notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}\nSTATUS=reloading')
         self.proof_began = self.now
-        self.proof = self.start_python(os.posix_spawn, ['--check'], {}, setsigmask=(), setsigdef=SIGNALS,
+        self.proof = self.start_python(os.posix_spawn, ['--check'], {}, setsigmask=[signal.SIGINT], setsigdef=SIGNALS,
                                        file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)])
 
     def after_proof(self, code):
