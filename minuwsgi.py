@@ -552,7 +552,7 @@ class Config:
             if one and self.logto and self.logto not in setting.value and not setting.reason:
                 setting.warnings.append(f'{setting.name} does nothing: there is one log, and that is {self.logto}')
         if self.module and self.wsgi_file:
-            self.setters[BY_NAME['wsgi-file']].warnings.append('wsgi-file does nothing beside module')
+            self.setters[BY_NAME['wsgi-file']].warnings.append('wsgi-file is for the case that module is not there')
         if self.cheaper >= self.processes:
             self.setters[BY_NAME['cheaper']].warnings.append(
                 f'cheaper does nothing: {self.cheaper} has to be lower than processes = {self.processes}')
@@ -3414,10 +3414,15 @@ def load_application(config):
         prefix, _, spec = map(str.strip, mount.partition('='))
         with config.named(mount, 'mount'):
             mounts[prefix.rstrip('/')] = load(spec, config.callable, spec.partition(':')[0].endswith(('.py', '.wsgi')))
-    if config.module or config.wsgi_file:
-        spec = config.module or config.wsgi_file
-        with config.named(spec, *BY_NAME['module'].names, *BY_NAME['wsgi-file'].names):
-            application = load(spec, config.callable, not config.module)
+    for name, spec in ('module', config.module), ('wsgi-file', config.wsgi_file):
+        try:
+            if spec and application is None:
+                with config.named(spec, *BY_NAME[name].names):
+                    application = load(spec, config.callable, name == 'wsgi-file')
+        except ConfigError as error:
+            if name == 'wsgi-file' or not config.wsgi_file:
+                raise
+            log(f'{error}; wsgi-file takes its place')
     if config.cgi:
         application = cgi_application(config, application)
     if mounts:

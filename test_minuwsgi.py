@@ -603,7 +603,7 @@ def test_a_value_is_converted(tmp, line, attribute, expected):
      'logger = file:logfile=/a,maxsize=9: file:PATH or stdio is expected; taken as /a'),
     ('logger = stdio\nlogger = file:/a', 'logger does nothing: there is one log, and that is /a'),
     ('logger = file:/a\nlogto = /b', 'logger does nothing: there is one log, and that is /b'),
-    ('wsgi-file = app.py\nmodule = app', 'wsgi-file does nothing beside module'),
+    ('wsgi-file = app.py\nmodule = app', 'wsgi-file is for the case that module is not there'),
     ('wsgi file = app.py', "unknown option 'wsgi file', did you mean 'wsgi-file'?"),
     ('Chmod Socket = 660', "unknown option 'Chmod Socket', did you mean 'chmod-socket'?"),
     ('socket := :1', "unknown option 'socket :', did you mean 'socket'?"),
@@ -2605,6 +2605,11 @@ class TestWSGI:
                 ('/a/bc', 'one /a /bc')):
             assert server.ask(path).text == text
         assert server.ask('/ax').status == '404 Not Found'
+
+    def test_a_file_takes_the_place_of_a_module_that_is_not_there(self, start):
+        server = start(HELLO, 'module = nix\nwsgi-file = app.py')
+        assert server.ask().body == b'hello\n'
+        assert "app.ini:2: there is no module 'nix'" in server.wait_for('wsgi-file takes its place')
 
     @pytest.mark.parametrize('ini', ['mount = /a = app.py:other', 'mount = /a=app:other', 'wsgi-file = app.py:other',
                                      'mount = /a=app:other\nmount = /b=app:application'])
