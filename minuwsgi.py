@@ -561,7 +561,7 @@ class Config:
         """'site.ini:3: ', for messages: where a value stands, as that of one of these options (or of any)."""
         return next((f'{s.where}: ' for s in self.settings
                      if value in (s.value, os.path.join(self.directory, s.value.removeprefix('file:')))
-                     and s.name in (names or BY_NAME)), '')
+                     and s.name in BY_NAME and (not names or BY_NAME[s.name].name in names)), '')
 
     @contextlib.contextmanager
     def named(self, value, *names):
@@ -3401,13 +3401,23 @@ def mounted(mounts, manage, fallback):
     return application
 
 
+def change_directory(config, option):
+    """chdir, chdir2."""
+    directory = getattr(config, option)
+    try:
+        if directory:
+            os.chdir(directory)
+    except OSError as error:
+        raise ConfigError(f'{config.where(directory, option)}{option} = {directory}: {error.strerror}') from None
+
+
 def load_application(config):
     """The WSGI application that the options name, with its mounts; or the command that workers become."""
     command = worker_command(config)
     if command:
         return check_command(command, config)
     for name in getattr(config, 'import'):
-        with config.named(name, *BY_NAME['import'].names):
+        with config.named(name, 'import'):
             import_module(name)
     mounts, application = {}, None
     for mount in config.mount:
@@ -3417,7 +3427,7 @@ def load_application(config):
     for name, spec in ('module', config.module), ('wsgi-file', config.wsgi_file):
         try:
             if spec and application is None:
-                with config.named(spec, *BY_NAME[name].names):
+                with config.named(spec, name):
                     application = load(spec, config.callable, name == 'wsgi-file')
         except ConfigError as error:
             if name == 'wsgi-file' or not config.wsgi_file:
@@ -3434,12 +3444,7 @@ def load_application(config):
                           'eventlet: that runs in their own servers alone; leave it out, and set threads = N')
     if application is None:
         raise ConfigError('no application is named: set module = package.module:callable or wsgi-file = FILE')
-    if config.chdir2:
-        try:
-            os.chdir(config.chdir2)
-        except OSError as error:
-            where = config.where(config.chdir2, 'chdir2')
-            raise ConfigError(f'{where}chdir2 = {config.chdir2}: {error.strerror}') from None
+    change_directory(config, 'chdir2')
     return with_static_files(config, application)
 
 
@@ -4281,12 +4286,7 @@ def prepare(config):
                 resource.setrlimit(kind, (limit, hard if hard < 0 else max(limit, hard)))
         except (OSError, ValueError) as error:
             log(f'max-fd, limit-as: {error}')
-    if config.chdir:
-        try:
-            os.chdir(config.chdir)
-        except OSError as error:
-            where = config.where(config.chdir, 'chdir')
-            raise ConfigError(f'{where}chdir = {config.chdir}: {error.strerror}') from None
+    change_directory(config, 'chdir')
     sys.path.insert(0, os.getcwd())
     added = [item[11:].split(':') for item in config.env if item.startswith('PYTHONPATH=')][-1:]
     for directory in reversed((*config.pythonpath, *itertools.chain(*added))):
@@ -4307,8 +4307,8 @@ def enter_python(config, start):
             os.execve(python, [python, *start.program, *sys.argv[1:]], {**os.environ, 'MINUWSGI_VIRTUALENV': directory})
     except OSError as error:
         why = f"can't run its bin/python, {error.strerror}"
-    where = config.where(config.virtualenv, *BY_NAME['virtualenv'].names)
-    raise ConfigError(f'{where}virtualenv = {directory}: {why}; make one with: python3 -m venv {directory}')
+    raise ConfigError(f"{config.where(config.virtualenv, 'virtualenv')}virtualenv = {directory}: {why}; make one with: "
+                      f'python3 -m venv {directory}')
 
 
 NO_SOCKET = 'no socket is named: set socket = PATH or http-socket = :8000'
