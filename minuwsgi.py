@@ -1121,7 +1121,7 @@ def name_of(where):
 
 
 class Listener:
-    """A listening socket. protocol: 'uwsgi' or 'http'.  fd, inode: of one that is inherited, and isn't bound again."""
+    """A listening socket. protocol: 'uwsgi', 'http', 'stats'.  fd, inode: of one that is inherited, and not bound."""
 
     def __init__(self, address, protocol, config, fd, inode):
         self.address, self.protocol, self.inode = address, protocol, inode and tuple(inode)
@@ -1207,10 +1207,6 @@ class Listener:
         """How many connections wait at the most."""
         waiting, most = self.queue()
         return waiting if most else self.backlog
-
-    def is_lost(self):
-        """Has somebody removed its file?"""
-        return self.inode is not None and not os.path.lexists(self.name)
 
     def is_ours(self):
         """Has it a file, and is that still the one that was bound here?"""
@@ -4316,7 +4312,8 @@ NO_SOCKET = 'no socket is named: set socket = PATH or http-socket = :8000'
 
 class Pidfile:
     """The file with the master's pid, locked while the master lives: a stale one is no obstacle. It is
-    owned, inherited and removed as a Listener is, and has its names: `socket` is the file."""
+    owned, inherited and removed as a Listener is, and has its names: `socket` is the file, `inode` is None, since
+    nobody makes it again: its lock holds without a name too."""
 
     def __init__(self, address, protocol, config, fd, inode):
         import fcntl
@@ -4332,9 +4329,6 @@ class Pidfile:
                               'holds it; stop it first') from None
         except OSError as error:
             raise ConfigError(f"pidfile = {address}: can't write it: {error.strerror}") from None
-
-    def is_lost(self):
-        return False                                    # it is locked all the same
 
     def is_ours(self):
         return os.path.samefile(self.name, self.socket.fileno())
@@ -4378,13 +4372,14 @@ def bind(config, owned):
     config.socket_owner = socket_owner(config)
     wanted = {name: next((given.pop(one) for one in known_as(name[0]) if one in given), None) for name in names}
     wanted.update({(f'fd://{fd}', config.protocol): fd for fd in given.values() if f'fd://{fd}' not in dict(names)})
-    unwanted = [one for one in owned if (one.address, one.protocol) not in wanted or one.is_lost()]
+    lost = [one for one in owned if one.inode and not os.path.lexists(one.name)]        # somebody removed its file
+    unwanted = [one for one in owned if (one.address, one.protocol) not in wanted or one in lost]
     before = {(one.address, one.protocol) for one in owned if one not in unwanted}
-    spare = {one.name: one for one in unwanted if not one.is_lost()}    # they may go on with another name or protocol
+    spare = {one.name: (one.inode, one.socket.fileno()) for one in unwanted if one not in lost}
     for name, fd in wanted.items():
-        old = next((spare[one] for one in known_as(name[0]) if one in spare), None) if fd is None else None
-        if name not in before:
-            own(config, owned, *name, old and old.inode, old.socket.fileno() if old else fd)
+        if name not in before:                          # what is spare may go on with another name or protocol
+            again = (spare[one] for one in known_as(name[0]) if one in spare and fd is None)
+            own(config, owned, *name, *next(again, (None, fd)))
     ours = [one for one in owned if one not in unwanted]
     if not any(one.protocol in ('uwsgi', 'http') for one in ours):
         raise ConfigError(NO_SOCKET)
