@@ -3674,9 +3674,9 @@ def name_process(config, role):
             file.write((prefix or '') + (name or f'uWSGI {role}') + (config.procname_append or ''))
 
 
-def finish_process(mercy, code):
-    """The end of a process: its threads and atexit functions, but not the interpreter's own
-    dismantling, which would touch, and so copy, every page that is shared with the master."""
+def end_process(mercy, code):
+    """End this process: its threads and atexit functions, but not by the interpreter's own dismantling, which would
+    touch, and so copy, every page that is shared with the master, and give signals their default handlers back."""
     import atexit
     threading = sys.modules.get('threading')
 
@@ -3695,7 +3695,7 @@ def finish_process(mercy, code):
         threading._shutdown()
     atexit._run_exitfuncs()
     flush_streams()
-    return code
+    os._exit(code)
 
 
 SETTLED = 1.0                           # seconds after which a program of another language counts as ready
@@ -4077,7 +4077,7 @@ class Master:
             fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
             if os.getppid() == master:                  # else it died before the lifeline was set
                 self.work(number, rows, master)
-            status = finish_process(self.config.worker_reload_mercy, 0)
+            end_process(self.config.worker_reload_mercy, 0)
         except SystemExit as error:
             status = error.code if type(error.code) is int else 1
         except BaseException:
@@ -4432,7 +4432,7 @@ def drop_privileges(config):
 
 
 def check(config):
-    """Print each line of the configuration, then all that would stop a start. The exit code."""
+    """Print each line of the configuration, then all that would stop a start; the process ends with it."""
     offer_uwsgi_module(config)
     show_config(config)
     errors, sockets = list(config.errors), config.socket + config.uwsgi_socket + config.http_socket
@@ -4453,7 +4453,7 @@ def check(config):
     for error in errors:
         log(f'minuwsgi: {error}')
     loaded = load_or_log(config) is not None
-    return finish_process(1, EXIT_CONFIG if errors else 0 if loaded else EXIT_NO_APP)
+    end_process(1, EXIT_CONFIG if errors else 0 if loaded else EXIT_NO_APP)
 
 
 def inherited_state():
@@ -4548,7 +4548,7 @@ def start_and_run(config, start, owned):
 
 
 def serve(config, start):
-    """The server, until it is told to stop; then this process ends."""
+    """The server, until it is told to stop; the process ends with it."""
     owned, code = [], 0
     try:
         code = start_and_run(config, start, owned)
@@ -4561,9 +4561,8 @@ def serve(config, start):
         signal.signal(number, lambda *_: os._exit(code))
     if start.at_once:
         flush_streams()
-    else:
-        finish_process(config.worker_reload_mercy, code)
-    os._exit(code)                                      # Python's own end would give the handlers back: a signal kills
+        os._exit(code)
+    end_process(config.worker_reload_mercy, code)
 
 
 def send_signal(what, name='PIDFILE'):
@@ -4590,14 +4589,14 @@ def configure_and_serve(arguments):
     except ConfigError as error:
         config.errors.append(str(error))
     if config.check:
-        return check(config)
+        check(config)
     if config.show_config:                              # in the file, as with uWSGI: the start goes on
         show_config(config)
     for warning in config.warnings:
         log(warning)
     if config.errors and RELOADED not in os.environ:    # there are workers to be kept
         raise ConfigError('\n'.join(config.errors))
-    return serve(config, start)
+    serve(config, start)
 
 
 def main(arguments):
