@@ -3850,14 +3850,8 @@ class Master:
             self.look_round()
         if not self.stopping:
             self.replace_workers()
-            # A second reload waits until the first has replaced all, or can't; the proof's code may hang.
-            patience = min(10, self.config.worker_reload_mercy)
-            replacing = any(child.old for child in self.serving()) and self.now >= self.not_before
-            if self.reload_wanted and self.proof is None and not replacing:
+            if self.reload_wanted:
                 self.try_reload()
-            elif self.reload_wanted and self.proof is not None and self.due(self.proof_began + patience):
-                log('reload: the code that was tried since then is given up for newer code')
-                os.kill(self.proof, signal.SIGKILL)
         for child in self.children.values():
             if not child.killed:
                 self.keep_time(child)
@@ -4115,11 +4109,18 @@ class Master:
     # -- reload
 
     def try_reload(self):
-        """First the proof: a child does what --check does."""
-        self.reload_wanted = False
+        """First the proof: a child does what --check does. Only one at a time, and it may hang; and another reload
+        waits until the last has replaced all, or can't."""
+        if self.proof is not None:
+            if self.due(self.proof_began + min(10, self.config.worker_reload_mercy)):
+                log('reload: the code that was tried since then is given up for newer code')
+                os.kill(self.proof, signal.SIGKILL)
+            return
+        if any(child.old for child in self.serving()) and self.now >= self.not_before:
+            return
+        self.reload_wanted, self.proof_began = False, self.now
         log('reload: trying the new configuration and application')
         self.notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}\nSTATUS=reloading')
-        self.proof_began = self.now
         self.proof = self.start_python(os.posix_spawn, ['--check'], {}, setsigmask=[signal.SIGINT], setsigdef=SIGNALS,
                                        file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)])
 
