@@ -351,8 +351,6 @@ ROWS = [Option(group, *cells) for group, cells in table(OPTIONS)]
 BY_NAME = {name: option for option in ROWS for name in option.names}
 PATTERNS = [(pattern, fate, reason) for fate, (names, reason) in table(FATES) for pattern in names.split()]
 
-NAMED = {pattern for pattern, _, _ in PATTERNS}
-
 
 def glob_sorted(pattern):
     import glob
@@ -547,9 +545,9 @@ class Config:
     def compare(self):
         """What options make of each other."""
         self.logto = self.daemonize or self.logto or (self.logger[-1] if self.logger else None)
-        for setting in self.settings:
-            one = BY_NAME.get(setting.name) in (BY_NAME['daemonize'], BY_NAME['logto'], BY_NAME['logger'])
-            if one and self.logto and self.logto not in setting.value and not setting.reason:
+        for setting in self.settings if self.logto else ():
+            names_log = BY_NAME.get(setting.name) in map(BY_NAME.get, ('daemonize', 'logto', 'logger'))
+            if names_log and self.logto not in setting.value and not setting.reason:
                 setting.warnings.append(f'{setting.name} does nothing: there is one log, and that is {self.logto}')
         if self.module and self.wsgi_file:
             self.setters[BY_NAME['wsgi-file']].warnings.append('wsgi-file is for the case that module is not there')
@@ -683,7 +681,8 @@ class Config:
     def judge(self, setting):
         """The final fate of a line, now that all names in %(...) are known."""
         dashed = setting.name.replace('_', '-')
-        guessed = setting.fate == 'unknown' or setting.fate == 'unsupported' and setting.name not in NAMED
+        exact = any(setting.name == pattern for pattern, *_ in PATTERNS)        # else a * may mean others than this
+        guessed = setting.fate == 'unknown' or setting.fate == 'unsupported' and not exact
         if guessed and (setting.name in self.variables or setting.where.startswith('environment')):
             setting.fate, setting.reason = 'variable', ''
         elif setting.fate == 'unknown' and fate(dashed)[0] != 'unknown':
