@@ -4266,13 +4266,16 @@ def prepare(config):
     import resource
     if config.umask is not None:
         os.umask(config.umask)
+    path = []
     for item in config.env:
-        name, _, value = item.partition('=')
+        name, _, value = map(str.strip, item.partition('='))
         try:
-            os.environ[name.strip()] = value.strip()
+            os.environ[name] = value
         except (OSError, ValueError):
             raise ConfigError(f'{config.where(item, "env")}env = {name}: NAME=value is expected') from None
-        if name[:6] == 'PYTHON' and name not in ('PYTHONPATH', 'PYTHONUNBUFFERED'):
+        if name == 'PYTHONPATH':
+            path = value.split(':')
+        elif name[:6] == 'PYTHON' and name != 'PYTHONUNBUFFERED':
             log(f'warning: {config.where(item, "env")}{name} is only read when Python starts: set it before that')
     time.tzset()                                        # TZ may be one of them
     for kind, limit in (resource.RLIMIT_NOFILE, config.max_fd), (resource.RLIMIT_AS, config.limit_as << 20):
@@ -4284,8 +4287,7 @@ def prepare(config):
             log(f'max-fd, limit-as: {error}')
     change_directory(config, 'chdir')
     sys.path.insert(0, os.getcwd())
-    added = [item[11:].split(':') for item in config.env if item.startswith('PYTHONPATH=')][-1:]
-    for directory in reversed((*config.pythonpath, *itertools.chain(*added))):
+    for directory in reversed((*config.pythonpath, *path)):
         sys.path[:0] = [os.path.abspath(found) for found in glob_sorted(directory) or [directory]]
     sys.argv[1:] = config.pyargv.split() if config.pyargv else []
     sys.modules.setdefault('minuwsgi', sys.modules[__name__])       # `module = minuwsgi:demo` is this file
