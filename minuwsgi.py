@@ -1120,9 +1120,9 @@ def name_of(where):
 
 
 class Listener:
-    """A listening socket. protocol: 'uwsgi', 'http', 'stats'.  fd, inode: of one that is inherited, and not bound."""
+    """A listening socket. protocol: 'uwsgi', 'http', 'stats'.  inode, fd: of one that is inherited, and not bound."""
 
-    def __init__(self, address, protocol, config, fd, inode):
+    def __init__(self, config, address, protocol, inode, fd):
         self.address, self.protocol, self.inode = address, protocol, inode and tuple(inode)
         kind, where = parse_address(address) if fd is None else ('fd', fd)
         try:
@@ -4317,7 +4317,7 @@ class Pidfile:
     owned, inherited and removed as a Listener is, and has its names: `socket` is the file, `inode` is None, since
     nobody makes it again: its lock holds without a name too."""
 
-    def __init__(self, address, protocol, config, fd, inode):
+    def __init__(self, config, address, protocol, inode, fd):
         import fcntl
         self.address, self.name, self.protocol, self.inode = address, address, protocol, inode
         try:
@@ -4354,18 +4354,18 @@ def activated():
 def own(config, owned, address, protocol, inode, fd):
     """Bind an address, or create the pidfile; or, with a descriptor, go on with what is there already."""
     with config.named(address):
-        owned.append((Pidfile if protocol == 'pidfile' else Listener)(address, protocol, config, fd, inode))
+        owned.append((Pidfile if protocol == 'pidfile' else Listener)(config, address, protocol, inode, fd))
 
 
 def addresses(config):
     """[(address, protocol)] of what the options name, the pidfile too."""
-    names = [(address, protocol) for protocol, addresses in (
+    names = dict.fromkeys((address, protocol) for protocol, values in (
         (config.protocol, config.socket), ('uwsgi', config.uwsgi_socket), ('http', config.http_socket),
-        ('stats', [config.master and config.stats]), ('pidfile', [config.pidfile])) for address in addresses if address]
-    for address, times in collections.Counter(address for address, _ in dict.fromkeys(names)).items():
-        if times > 1:
+        ('stats', [config.master and config.stats]), ('pidfile', [config.pidfile])) for address in values if address)
+    for address, _ in names:
+        if len([name for name in names if name[0] == address]) > 1:
             raise ConfigError(f'{config.where(address)}{address} is named twice, and can only speak one protocol')
-    return names
+    return list(names)
 
 
 def bind(config, owned):
