@@ -4132,7 +4132,7 @@ class Master:
         self.take_signals()                             # what came before would be lost
         if not (code or self.stopping or self.reload_wanted):   # else there is newer code to be proved
             import json
-            self.start.tell_parent()
+            self.start.tell_parent()                    # the new image couldn't
             owned = [(one.address, one.protocol, one.inode, one.socket.fileno()) for one in self.owned]
             workers = [(c.pid, c.number, c.born, c.foreign, c.told_at, c.hold) for c in self.children.values()]
             for *_, fd in owned + workers:
@@ -4498,6 +4498,21 @@ def open_logs(config, start, reloaded):
         log(text)
 
 
+def set_up(config, start, owned, inherited):
+    """What may need root's rights, up to giving them up. What isn't named any more, for disown()."""
+    for one in inherited:                               # first what must not get lost, whatever fails
+        own(config, owned, *one)
+    if config.errors:
+        raise ConfigError('\n'.join(config.errors))
+    prepare(config)
+    unwanted = bind(config, owned)
+    drop_privileges(config)
+    for name in __file__, *(file for file, _ in config.files):
+        if not os.access(name, os.R_OK, dir_fd=start.directory):
+            log(f"warning: {name} can't be read with uid = {config.uid}: no reload will work until it can")
+    return unwanted
+
+
 def start_and_run(config, start, owned):
     """The steps of a start in their order; `owned` gathers what has to be removed at the end. The exit code."""
     reloaded, inherited, workers = inherited_state()
@@ -4507,17 +4522,7 @@ def start_and_run(config, start, owned):
     uwsgi, lazy = offer_uwsgi_module(config), config.lazy_apps and (config.master or reloaded)
     application, code, guard = None, EXIT_CONFIG, ForkGuard(owned)
     try:
-        for one in inherited:                           # first what must not get lost, whatever fails
-            own(config, owned, *one)
-        if config.errors:
-            raise ConfigError('\n'.join(config.errors))
-        prepare(config)
-        unwanted = bind(config, owned)
-        drop_privileges(config)
-        for name in __file__, *(file for file, _ in config.files):
-            if not os.access(name, os.R_OK, dir_fd=start.directory):
-                log(f"warning: {name} can't be read with uid = {config.uid}: no reload will work until it can")
-        code = 0
+        unwanted, code = set_up(config, start, owned, inherited), 0
     except ConfigError as error:
         log(f'minuwsgi: {error}')
     except Exception:
@@ -4526,7 +4531,7 @@ def start_and_run(config, start, owned):
         log_exception('minuwsgi: the start failed')     # there are workers to be kept
     touched = {name: mtime(name) for name in config.touch_reload + config.touch_chain_reload}   # before we load
     if not (code or lazy):
-        catch_signals(wake, starting=True)
+        catch_signals(wake, starting=True)              # after a reload too: loading may take long
         try:
             application = load_or_log(config)
         except Stopped:
@@ -4559,7 +4564,7 @@ def serve(config, start):
     finally:
         for one in owned if config.vacuum else ():
             vacuum(one)
-    for number in signal.SIGINT, signal.SIGQUIT:
+    for number in signal.SIGINT, signal.SIGQUIT:        # whatever the end waits for
         signal.signal(number, lambda *_: os._exit(code))
     if start.at_once:
         flush_streams()
