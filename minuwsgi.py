@@ -1024,36 +1024,30 @@ def vacuum(one):
         log(f"vacuum: {one.name} can't be removed: {error.strerror}")
 
 
-def owner(names):
-    """(uid, gid) for 'user', 'user:group' or ':group', by name or number; -1 leaves one as it is."""
+def id_of(kind, name, where):
+    """The number of a user or group, by name or number; -1, which leaves it as it is, if there is no name."""
     import grp
     import pwd
-
-    def number(name, look_up, what):
-        with contextlib.suppress(KeyError):
-            found = int(name) if name.isdecimal() else look_up(name)[2] if name else -1
-            if found < 0xffffffff:
-                return found
-        raise ConfigError(f'there is no {what} {name!r}')
-    user, _, group = names.partition(':')
-    return number(user, pwd.getpwnam, 'user'), number(group, grp.getgrnam, 'group')
+    look_up = pwd.getpwnam if kind == 'user' else grp.getgrnam
+    with contextlib.suppress(KeyError):
+        found = -1 if not name else int(name) if name.isdecimal() else look_up(name)[2]
+        if found < 0xffffffff:
+            return found
+    raise ConfigError(f'{where}there is no {kind} {name!r}')
 
 
 def user_and_group(config):
     """(uid, gid) of the options with these names."""
-    with config.named(config.uid, 'uid'):
-        uid, _ = owner(config.uid or '')
-    with config.named(config.gid, 'gid'):
-        _, gid = owner(f':{config.gid or ""}')
-    return uid, gid
+    return (id_of('user', config.uid, config.where(config.uid, 'uid')),
+            id_of('group', config.gid, config.where(config.gid, 'gid')))
 
 
 def socket_owner(config):
     """(uid, gid) for the files of sockets."""
     if not config.chown_socket:
         return (-1, -1) if os.getuid() else user_and_group(config)      # as others they are ours already
-    with config.named(config.chown_socket, 'chown-socket'):
-        return owner(config.chown_socket)
+    where, (user, _, group) = config.where(config.chown_socket, 'chown-socket'), config.chown_socket.partition(':')
+    return id_of('user', user, where), id_of('group', group, where)
 
 
 def parse_address(address):
