@@ -37,15 +37,18 @@ an application that failed.
 
 The life of a signal. In the master it becomes a byte in a pipe (catch_signals); Master.run() wakes, on_signal()
 notes what is wanted, and converge() makes what is into what should be: it takes note of the dead (reap), starts
-what is missing (spawn), replaces one after the other what must go, and kills what is overdue (keep_time). A
-worker that is told to stop (Worker.on_stop) finishes its request; a pipe that nobody writes to, in the place of
-its listener, makes the next accept() fail. For a reload a child tries the new code (try_reload); then the master
-executes itself anew (after_proof), inherits sockets and old workers (inherited_state), and replaces the workers.
+what is missing (spawn), replaces one after the other what must go, and kills what is overdue (keep_time). Until
+there is a Master, a stop is an exception (Stopped). A worker that is told to stop (Worker.on_stop) finishes its
+request; a pipe that nobody writes to, in the place of its listener or beside it (KeptConnections.stop), ends its
+waiting; who stands in the queue then is served if all end. For a reload a child tries the new code (try_reload);
+then the master executes itself anew (after_proof), inherits sockets and old workers (inherited_state), and
+replaces the workers.
 
 Who owns what. The master: sockets and their files, the pidfile, the workers' lifelines. A worker: the
 connection it accepted, until it closes it or gives it to an Offloader, which calls done() (see let_go) at
 the end of the job: that closes it, or parks it if HTTP keeps it. A job closes only the file that it sends.
-The application: what it opened, and close() of its result is always called.
+The application: what it opened, and close() of its result is always called. A process that the application
+forks: nothing of all this (ForkGuard, Worker.in_forked_child).
 """
 import collections
 import contextlib
@@ -75,9 +78,10 @@ __version__ = '0.1'
 # uWSGI's configuration is one flat list of lines (name, value, where it stands) from the environment
 # (UWSGI_*), the command line and INI files. Config goes over it twice. First it takes the lines in
 # their order; one may bring others, which come next (a file that is included, an if or for block).
-# Then it fills in $(ENV), @(file) and %(name), judges each line, and sets the option that it names.
-# The fate of a line: used, always (needs no switch here), unsupported, variable (only a name for
-# %(name)) or unknown. All mistakes are told at once.
+# Then it fills in $(ENV), @(file) and %(name), judges each line, and sets the option that it names;
+# at last it looks for options that do nothing beside others (compare). The fate of a line: used,
+# always (needs no switch here), unsupported, variable (only a name for %(name)) or unknown. All
+# mistakes are told at once.
 
 class ConfigError(Exception):
     """A mistake in the configuration; its text says where, what and what to do."""
@@ -1162,8 +1166,8 @@ class Listener:
         self.socket = socket.socket(family, kind)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)       # what it accepts inherits this
-        with contextlib.suppress(OSError, AttributeError):      # a client that reads slowly is seen to read: else it
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 1 << 16)     # takes MBs until POLLOUT
+        with contextlib.suppress(OSError, AttributeError):      # or a slow reader has to take MBs until POLLOUT
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 1 << 16)
         if self.protocol == 'uwsgi' and hasattr(socket, 'TCP_DEFER_ACCEPT'):    # its bytes are there then
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 4)
         self.socket.bind(where)
@@ -2693,13 +2697,13 @@ class KeptConnections:
 
     def stop(self, drain):
         """No new connections but those that wait already, since the kernel may have told us alone of them: all, if
-        drain, else those that can be taken in a second."""
+        drain, else as many as a second allows."""
         self.closing_at = time.monotonic() + 1
         self.drain_until = math.inf if drain else self.closing_at
         for fd in self.listeners:
             with contextlib.suppress(OSError):
                 self.poll.unregister(fd)
-        # Not before: until now it could tell us of another one. No more than these: others may come for ever.
+        # Not before: until now it could tell us of another one.
         self.undrained = {fd: listener.waiting() for fd, listener in self.listeners.items()}
         self.poll.register(self.dead_end, 0)
 
@@ -3078,10 +3082,13 @@ class Core:
 # A stop must neither lose a connection nor wait for one. So the handler of the signal puts the end
 # of a closed pipe in the place of the listening descriptor (dup2): the accept() that was
 # interrupted is tried again by Python (PEP 475) and fails; a connection that came before is served.
+# Core.wait() finds this pipe in its epoll, and KeptConnections.look_at_time() ends it. If all end
+# (SIGTERM), those who wait at the socket by then are served too; they are counted, as others may come
+# for ever.
+#
 # A signal between Python's check and the system call would go unnoticed until the next connection,
-# which is why the master repeats it. (SIGIO, by which the kernel tells of the master's death, comes once:
-# a worker that misses it serves one more request.)
-# Core.wait() finds this pipe in its epoll, and KeptConnections.look_at_time() ends it.
+# which is why the master repeats it. (SIGIO, by which the kernel tells of the master's death, comes
+# once: a worker that misses it serves one more request.)
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGHUP, signal.SIGIO      # for a worker
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
@@ -3227,7 +3234,7 @@ class Worker:
                 os.dup2(self.dead_end, fd, inheritable=False)
 
     def accept_waiting(self):
-        """Stands in for accept() at a stop: for those who waited then, since others may come for ever."""
+        """Stands in for accept() at a stop: for those who waited then."""
         if not self.may_wait:
             raise OSError(errno.ENOTSOCK, 'told to stop')
         self.may_wait -= 1
@@ -3438,7 +3445,7 @@ def load_application(config):
 
 
 def load_or_log(config):
-    """The application, or None after its traceback was logged."""
+    """The application, or None after what is wrong was logged."""
     try:
         return load_application(config)
     except ConfigError as error:
