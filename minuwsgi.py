@@ -510,11 +510,11 @@ class Setting:
         self.fate, self.reason = fate(name, value)
         self.warnings, self.errors = [], []
         literal = name in BY_NAME and BY_NAME[name].kind in LITERAL or is_secret(name)
-        words = value.split()
-        kept = ' '.join(itertools.takewhile(lambda word: word[0] not in ';#', words)).rstrip(';').split()
-        if kept != words and self.fate in ('used', 'unknown') and not literal:
-            self.value = ' '.join(kept)                 # uWSGI keeps it in there
-            comment = ' '.join(words).removeprefix(self.value).strip()
+        whole = ' '.join(value.split())
+        kept = ' '.join(itertools.takewhile(lambda word: word[0] not in ';#', value.split())).rstrip(';')
+        if kept != whole and self.fate in ('used', 'unknown') and not literal:
+            self.value = kept                           # uWSGI keeps the comment in there
+            comment = whole[len(kept):].strip()
             self.warnings.append(f'{name}: a comment needs a line of its own, {comment!r} is left out')
 
 
@@ -560,7 +560,8 @@ class Config:
                 f'cheaper does nothing: {self.cheaper} has to be lower than processes = {self.processes}')
 
     def where(self, value, *names):
-        """'site.ini:3: ', for messages: where a value stands, as that of one of these options (or of any)."""
+        """'site.ini:3: ', for messages: where a value (its path may be absolute now) stands, as that of one of these
+        options, or of any."""
         return next((f'{s.where}: ' for s in self.settings
                      if value in (s.value, os.path.join(self.directory, s.value.removeprefix('file:')))
                      and s.name in BY_NAME and (not names or BY_NAME[s.name].name in names)), '')
@@ -3641,22 +3642,23 @@ class ForkGuard:
     must not hold sockets for longer than we do. Signals wait meanwhile, since they would find it half done."""
 
     def __init__(self, owned):
-        self.owned, self.pid, self.is_worker = owned, os.getpid(), False        # is_worker: of the fork at hand
-        os.register_at_fork(before=self.mask(signal.SIG_BLOCK), after_in_parent=self.mask(signal.SIG_UNBLOCK),
-                            after_in_child=self.in_child)
+        self.owned, self.active, self.is_worker = owned, True, False    # is_worker: will the next child be one?
+        os.register_at_fork(before=lambda: self.mask(signal.SIG_BLOCK), after_in_child=self.in_child,
+                            after_in_parent=lambda: self.mask(signal.SIG_UNBLOCK))
 
     def mask(self, how):
-        return lambda: os.getpid() == self.pid and signal.pthread_sigmask(how, SIGNALS)
+        if self.active:
+            signal.pthread_sigmask(how, SIGNALS)
 
     def in_child(self):
-        if self.pid and not self.is_worker:
+        if self.active and not self.is_worker:
             signal.set_wakeup_fd(-1)
             for number in SIGNALS:
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             for one in self.owned:
                 one.socket.close()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        self.pid = None                                 # its own forks are its own business
+        self.active = False                             # its own forks are its own business
 
 
 def oom_kills():
@@ -4608,15 +4610,14 @@ def configure_and_serve(arguments):
 
 
 def main(arguments):
-    """Run the command line; the exit code."""
+    """Run the command line; the exit code, or None for 0."""
     try:
-        nothing = not arguments and not any(name.startswith('UWSGI_') for name in os.environ)
-        if nothing or '--help' in arguments or '-h' in arguments:
+        if '--help' in arguments or '-h' in arguments:
+            return print(usage())
+        if not (arguments or any(name.startswith('UWSGI_') for name in os.environ)):
             print(usage())
-            if nothing:
-                raise ConfigError('an application is expected, or an INI file; for a first look: '
-                                  'python3 minuwsgi.py minuwsgi:demo --http-socket :8000')
-            return 0
+            raise ConfigError('an application is expected, or an INI file; for a first look: '
+                              'python3 minuwsgi.py minuwsgi:demo --http-socket :8000')
         if '--version' in arguments:
             return print(__version__)
         if arguments[:1] == ['--curl']:
