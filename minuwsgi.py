@@ -560,8 +560,7 @@ class Config:
                 f'cheaper does nothing: {self.cheaper} has to be lower than processes = {self.processes}')
 
     def where(self, value, *names):
-        """'site.ini:3: ', for messages: where a value (its path may be absolute now) stands, as that of one of these
-        options, or of any."""
+        """'site.ini:3: ', for messages: where a value (by now an absolute path) stands, as that of these options."""
         return next((f'{s.where}: ' for s in self.settings
                      if value in (s.value, os.path.join(self.directory, s.value.removeprefix('file:')))
                      and s.name in BY_NAME and (not names or BY_NAME[s.name].name in names)), '')
@@ -1018,10 +1017,14 @@ class RequestLog:
 LISTEN_MAX = int(read_if_there('/proc/sys/net/core/somaxconn') or 1 << 30)     # the kernel cuts silently: listen(2)
 
 
+def inode_of(status):
+    return status.st_dev, status.st_ino
+
+
 def vacuum(one):
     """Remove the file of a Listener or Pidfile, if it is still the one that was made here."""
     try:
-        if one.is_ours():
+        if one.inode and one.inode == inode_of(os.stat(one.name)):
             os.unlink(one.name)
     except FileNotFoundError:
         pass
@@ -1151,8 +1154,7 @@ class Listener:
             self.socket.bind(path)
         finally:
             os.umask(before)
-        status = os.lstat(path)
-        self.inode = status.st_dev, status.st_ino
+        self.inode = inode_of(os.lstat(path))
         try:
             if config.socket_owner != (-1, -1):
                 os.lchown(path, *config.socket_owner)   # of a link itself, if somebody put one there
@@ -1205,11 +1207,6 @@ class Listener:
         """How many connections wait at the most."""
         waiting, most = self.queue()
         return waiting if most else self.backlog
-
-    def is_ours(self):
-        """Has it a file, and is that still the one that was bound here?"""
-        status = os.lstat(self.name) if self.inode else None
-        return status and (status.st_dev, status.st_ino) == self.inode
 
 
 # ---------------------------------------------------------------------------------------------
@@ -4317,14 +4314,14 @@ NO_SOCKET = 'no socket is named: set socket = PATH or http-socket = :8000'
 
 class Pidfile:
     """The file with the master's pid, locked while the master lives: a stale one is no obstacle. It is
-    owned, inherited and removed as a Listener is, and has its names: `socket` is the file, `inode` is None, since
-    nobody makes it again: its lock holds without a name too."""
+    owned, inherited and removed as a Listener is, and has its names: `socket` is the file."""
 
     def __init__(self, config, address, protocol, inode, fd):
         import fcntl
-        self.address, self.name, self.protocol, self.inode = address, address, protocol, inode
+        self.address, self.name, self.protocol = address, address, protocol
         try:
             self.socket = open(open_safely(address, os.O_RDWR, 0o644) if fd is None else fd, 'rb+', buffering=0)
+            self.inode = inode_of(os.fstat(self.socket.fileno()))
             fcntl.flock(self.socket, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if fd is None:
                 self.socket.truncate()
@@ -4334,9 +4331,6 @@ class Pidfile:
                               'holds it; stop it first') from None
         except OSError as error:
             raise ConfigError(f"pidfile = {address}: can't write it: {error.strerror}") from None
-
-    def is_ours(self):
-        return os.path.samefile(self.name, self.socket.fileno())
 
 
 def known_as(name):
@@ -4377,7 +4371,8 @@ def bind(config, owned):
     config.socket_owner = socket_owner(config)
     wanted = {name: next((given.pop(one) for one in known_as(name[0]) if one in given), None) for name in names}
     wanted.update({(f'fd://{fd}', config.protocol): fd for fd in given.values() if f'fd://{fd}' not in dict(names)})
-    lost = [one for one in owned if one.inode and not os.path.lexists(one.name)]        # somebody removed its file
+    # Somebody has removed its file: it can be made again. A pidfile holds by its lock, in a directory of root mostly.
+    lost = [one for one in owned if one.inode and not os.path.lexists(one.name) and one.protocol != 'pidfile']
     unwanted = [one for one in owned if (one.address, one.protocol) not in wanted or one in lost]
     before = {(one.address, one.protocol) for one in owned if one not in unwanted}
     spare = {one.name: (one.inode, one.socket.fileno()) for one in unwanted if one not in lost}
