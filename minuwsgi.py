@@ -48,7 +48,7 @@ Who owns what. The master: sockets and their files, the pidfile, the workers' li
 connection it accepted, until it closes it or gives it to an Offloader, which calls done() (see let_go) at
 the end of the job: that closes it, or parks it if HTTP keeps it. A job closes only the file that it sends.
 The application: what it opened, and close() of its result is always called. A process that the application
-forks: nothing of all this (ForkGuard, Worker.in_forked_child).
+forks: nothing of all this (ForkGuard).
 """
 import collections
 import contextlib
@@ -3093,6 +3093,43 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.
            signal.SIGCHLD)
 
 
+def dead_end():
+    """A pipe that has hung up: it stands in for what a process should use no more."""
+    end, other_end = os.pipe()
+    os.close(other_end)
+    return end
+
+
+class ForkGuard:
+    """What a fork() in this process means, from now on. A worker becomes what it has to be by itself. What the
+    application forks is no server, and no worker: it must not take our signals, no client waits for it, and it must
+    hold no socket for longer than we do. Our signals wait meanwhile, since they would find it half done."""
+
+    def __init__(self, signals, descriptors):
+        self.signals, self.descriptors, self.dead_end = signals, descriptors, dead_end()
+        self.active, self.is_worker = True, False       # is_worker: will the next child be one?
+        os.register_at_fork(before=self.before, after_in_parent=self.in_parent, after_in_child=self.in_child)
+
+    def before(self):
+        if self.active:
+            self.inherited = self.descriptors()
+            signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
+
+    def in_parent(self):
+        if self.active:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
+
+    def in_child(self):
+        if self.active and not self.is_worker:
+            for fd in self.inherited:
+                os.dup2(self.dead_end, fd, inheritable=False)
+            signal.set_wakeup_fd(-1)
+            for number in self.signals:                 # they end a process again (multiprocessing's terminate())
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
+        self.active = False                             # its own forks are its own business
+
+
 class Worker:
     """A process that serves: its cores, and what they share."""
 
@@ -3101,8 +3138,7 @@ class Worker:
         self.number, self.master = number, master       # master: its pid, or None without one
         self.pid = os.getpid()
         self.listeners = {listener.socket.fileno(): listener for listener in listeners}
-        self.dead_end, other_end = os.pipe()            # what takes the place of a listener, see on_stop()
-        os.close(other_end)
+        self.dead_end = dead_end()                      # what takes the place of a listener, see on_stop()
         listener, *others = listeners
         self.kept = None                                # where a blocking accept() does
         if others or config.threads > 1 or listener.protocol != 'uwsgi':
@@ -3134,8 +3170,7 @@ class Worker:
     def run(self):
         """Serve until told to stop."""
         cores = [Core(self, i) for i in range(self.config.threads)]
-        os.register_at_fork(before=lambda: self.before_fork(cores), after_in_child=self.in_forked_child,
-                            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS))
+        ForkGuard(STOP_SIGNALS, lambda: self.descriptors(cores))
         accept = cores[0].wait
         if not self.kept:
             accept = next(iter(self.listeners.values())).socket._accept         # a bare descriptor: -1.4 us
@@ -3227,7 +3262,7 @@ class Worker:
             with contextlib.suppress(OSError):          # there may be no descriptor left for it
                 self.waiting = listener.socket.dup()
                 self.waiting.setblocking(False)         # for all that share it: they stop too, or see must_stop()
-        if not self.kept or number == signal.SIGIO:     # then the next master needs the address
+        if not self.kept or number == signal.SIGIO:     # the next master must be able to bind
             for fd in self.listeners:
                 os.dup2(self.dead_end, fd, inheritable=False)
 
@@ -3238,22 +3273,11 @@ class Worker:
         self.may_wait -= 1
         return self.waiting._accept()
 
-    def before_fork(self, cores):
-        """The application forks: note what its child inherits. Signals wait: Python loses one that comes too early."""
+    def descriptors(self, cores):
+        """Listeners and clients."""
         busy = [core.response for core in cores if core.row.numbers[STARTED]]
-        self.inherited = [response.fd for response in busy if hasattr(response, 'fd')]
-        self.inherited += [*self.listeners, *(fd for one in self.offloaders for fd in [*one.jobs])]
-        self.inherited += list(self.kept.parked) if self.kept else []
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-
-    def in_forked_child(self):
-        """This is no worker. What was ours becomes a dead end: no client waits for this process, and it can answer
-        none; and the signals that stop a process do so (multiprocessing's terminate())."""
-        for fd in self.inherited:
-            os.dup2(self.dead_end, fd, inheritable=False)
-        for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+        return [*self.listeners, *(response.fd for response in busy if hasattr(response, 'fd')),
+                *(fd for one in self.offloaders for fd in [*one.jobs]), *(self.kept.parked if self.kept else ())]
 
     def end_child(self, error):
         """It came back to us, instead of ending itself."""
@@ -3631,31 +3655,6 @@ def catch_signals(pipe, starting=False):
     for number in SIGNALS:
         signal.signal(number, handler)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())      # they are blocked over the exec of a reload
-
-
-class ForkGuard:
-    """What a fork() in this process means, from now on. A worker becomes what it has to be by itself. What the
-    application forks, while it is loaded or in a thread, is no server: signals for it must not come to us, and it
-    must not hold sockets for longer than we do. Signals wait meanwhile, since they would find it half done."""
-
-    def __init__(self, owned):
-        self.owned, self.active, self.is_worker = owned, True, False    # is_worker: will the next child be one?
-        os.register_at_fork(before=lambda: self.mask(signal.SIG_BLOCK), after_in_child=self.in_child,
-                            after_in_parent=lambda: self.mask(signal.SIG_UNBLOCK))
-
-    def mask(self, how):
-        if self.active:
-            signal.pthread_sigmask(how, SIGNALS)
-
-    def in_child(self):
-        if self.active and not self.is_worker:
-            signal.set_wakeup_fd(-1)
-            for number in SIGNALS:
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            for one in self.owned:
-                one.socket.close()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        self.active = False                             # its own forks are its own business
 
 
 def oom_kills():
@@ -4169,8 +4168,9 @@ class Master:
 # 15. Command line
 #
 # main() reads the configuration; start_and_run() has the steps of a start in their order. Ports below
-# 1024, chown and /run may need root, so it takes sockets and pidfile first; no line of the application
-# may run as root, so it is loaded behind drop_privileges(). What a reload binds anew, it binds without.
+# 1024, chown and /run may need root, so it takes sockets and pidfile first (set_up); no line of the
+# application may run as root, so it is loaded after drop_privileges(). What a reload binds anew, it
+# binds without.
 
 def demo(environ, start_response):
     """The application of example.ini: says who answered, and what it was asked. /file sends this file."""
@@ -4398,8 +4398,8 @@ def disown(owned, unwanted):
             one.socket.detach()
         else:
             vacuum(one)
-        one.socket.close()
         owned.remove(one)
+        one.socket.close()
 
 
 def drop_privileges(config):
@@ -4518,7 +4518,7 @@ def start_and_run(config, start, owned):
     signals, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     catch_signals(wake, starting=not reloaded)          # after a reload there are workers to be stopped in order
     uwsgi, lazy = offer_uwsgi_module(config), config.lazy_apps and (config.master or reloaded)
-    application, code, guard = None, EXIT_CONFIG, ForkGuard(owned)
+    application, code, guard = None, EXIT_CONFIG, ForkGuard(SIGNALS, lambda: [one.socket.fileno() for one in owned])
     try:
         unwanted, code = set_up(config, start, owned, inherited), 0
     except ConfigError as error:
