@@ -3089,15 +3089,7 @@ class Core:
 # once: a worker that misses it serves one more request.)
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGHUP, signal.SIGIO      # for a worker
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
-           signal.SIGCHLD)
-
-
-def dead_end():
-    """A pipe that has hung up: it stands in for what a process should use no more."""
-    end, other_end = os.pipe()
-    os.close(other_end)
-    return end
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD
 
 
 class ForkGuard:
@@ -3106,8 +3098,10 @@ class ForkGuard:
     hold no socket for longer than we do. Our signals wait meanwhile, since they would find it half done."""
 
     def __init__(self, signals, descriptors):
-        self.signals, self.descriptors, self.dead_end = signals, descriptors, dead_end()
+        self.signals, self.descriptors = signals, descriptors
         self.active, self.is_worker = True, False       # is_worker: will the next child be one?
+        self.dead_end, other_end = os.pipe()            # stands in for what a process should use no more
+        os.close(other_end)
         os.register_at_fork(before=self.before, after_in_parent=self.in_parent, after_in_child=self.in_child)
 
     def before(self):
@@ -3138,7 +3132,7 @@ class Worker:
         self.number, self.master = number, master       # master: its pid, or None without one
         self.pid = os.getpid()
         self.listeners = {listener.socket.fileno(): listener for listener in listeners}
-        self.dead_end = dead_end()                      # what takes the place of a listener, see on_stop()
+        self.cores, self.dead_end = [], ForkGuard(STOP_SIGNALS, self.descriptors).dead_end
         listener, *others = listeners
         self.kept = None                                # where a blocking accept() does
         if others or config.threads > 1 or listener.protocol != 'uwsgi':
@@ -3169,8 +3163,7 @@ class Worker:
 
     def run(self):
         """Serve until told to stop."""
-        cores = [Core(self, i) for i in range(self.config.threads)]
-        ForkGuard(STOP_SIGNALS, lambda: self.descriptors(cores))
+        cores = self.cores = [Core(self, i) for i in range(self.config.threads)]
         accept = cores[0].wait
         if not self.kept:
             accept = next(iter(self.listeners.values())).socket._accept         # a bare descriptor: -1.4 us
@@ -3273,9 +3266,9 @@ class Worker:
         self.may_wait -= 1
         return self.waiting._accept()
 
-    def descriptors(self, cores):
-        """Listeners and clients."""
-        busy = [core.response for core in cores if core.row.numbers[STARTED]]
+    def descriptors(self):
+        """Listeners and clients, which a child must let go of."""
+        busy = [core.response for core in self.cores if core.row.numbers[STARTED]]
         return [*self.listeners, *(response.fd for response in busy if hasattr(response, 'fd')),
                 *(fd for one in self.offloaders for fd in [*one.jobs]), *(self.kept.parked if self.kept else ())]
 
