@@ -449,7 +449,7 @@ def describe(name, value=''):
         text = f'{rest.strip()}={value}' if value else rest.strip()
         return f"there is no '=' behind the name: write {first.rstrip(':')} = {text}"
     known = [*BY_NAME, *(pattern for pattern, fate, _ in PATTERNS if fate != 'unknown' and pattern[-1] != '*')]
-    similar = [one for one in known if one[:1] == first[:1]]
+    similar = [one for one in known if one[:1] == first[:1]]    # the first letter is seldom wrong
     meant = (nearly or [long for long, short in zip(known, known[1:]) if short == f'-{name}']
              or difflib.get_close_matches(first, similar, 1, 0.9 if reason else 0.75)
              or [long for long in known if name and long.startswith(f'{name}-')])
@@ -566,8 +566,8 @@ class Config:
                      and s.name in BY_NAME and (not names or BY_NAME[s.name].name in names)), '')
 
     @contextlib.contextmanager
-    def named(self, value, *names):
-        """An error within says where this value stands."""
+    def errors_at(self, value, *names):
+        """An error within says where this value stands, as where() has it."""
         try:
             yield
         except ConfigError as error:
@@ -3428,17 +3428,17 @@ def load_application(config):
     if command:
         return check_command(command, config)
     for name in getattr(config, 'import'):
-        with config.named(name, 'import'):
+        with config.errors_at(name, 'import'):
             import_module(name)
     mounts, application = {}, None
     for mount in config.mount:
         prefix, _, spec = map(str.strip, mount.partition('='))
-        with config.named(mount, 'mount'):
+        with config.errors_at(mount, 'mount'):
             mounts[prefix.rstrip('/')] = load(spec, config.callable, spec.partition(':')[0].endswith(('.py', '.wsgi')))
     for name, spec in ('module', config.module), ('wsgi-file', config.wsgi_file):
         try:
             if spec and application is None:
-                with config.named(spec, name):
+                with config.errors_at(spec, name):
                     application = load(spec, config.callable, name == 'wsgi-file')
         except ConfigError as error:
             if name == 'wsgi-file' or not config.wsgi_file:
@@ -4343,7 +4343,7 @@ def activated():
 
 def own(config, owned, address, protocol, inode, fd):
     """Bind an address, or create the pidfile; or, with a descriptor, go on with what is there already."""
-    with config.named(address):
+    with config.errors_at(address):
         owned.append((Pidfile if protocol == 'pidfile' else Listener)(config, address, protocol, inode, fd))
 
 
@@ -4472,14 +4472,14 @@ def open_logs(config, start, reloaded):
     printed = Log(1)
     for one in main_log, printed:
         if config.logto and not reloaded:               # after a reload it may not be ours to open
-            with config.named(config.logto):
+            with config.errors_at(config.logto):
                 one.open_file(config.logto)             # even if it is that file already: perhaps not to its end
         one.path = config.logto
     sys.stdout = io.TextIOWrapper(printed, 'utf-8', 'backslashreplace', line_buffering=True)
     sys.stderr = io.TextIOWrapper(main_log, 'utf-8', 'backslashreplace', line_buffering=True)
     follow_logs()
     for name in config.req_logger if not reloaded else ():
-        with config.named(name):
+        with config.errors_at(name):
             fresh, fd = not os.path.lexists(name), open_to_append(name)
         if fresh and not os.getuid():
             os.fchown(fd, *user_and_group(config))      # who opens it in the workers
