@@ -4118,11 +4118,12 @@ class Master:
     def after_proof(self, code):
         """Then the same process with new code. It inherits what we own and our children, see inherited_state()."""
         self.proof = None
-        if code and not (self.stopping or self.reload_wanted):
-            return self.reload_failed(f'{self.cause(code)}, see above; the old code goes on serving')
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
         self.take_signals()                             # what came before would be lost
-        if not (code or self.stopping or self.reload_wanted):   # else there is newer code to be proved
+        wanted = not (self.stopping or self.reload_wanted)      # else there is newer code to be proved
+        if wanted and code:
+            self.reload_failed(f'{self.cause(code)}, see above; the old code goes on serving')
+        elif wanted:
             import json
             self.start.tell_parent()                    # the new image couldn't
             owned = [(one.address, one.protocol, one.inode, one.socket.fileno()) for one in self.owned]
@@ -4361,7 +4362,7 @@ def addresses(config):
 def bind(config, owned):
     """Own what the options name, listeners and the pidfile. What they name no more, for disown()."""
     names, given = addresses(config), activated()
-    config.socket_owner = socket_owner(config)
+    config.socket_owner = socket_owner(config)          # a mistake in it is told before anything is bound
     wanted = {name: next((given.pop(one) for one in known_as(name[0]) if one in given), None) for name in names}
     wanted.update({(f'fd://{fd}', config.protocol): fd for fd in given.values() if f'fd://{fd}' not in dict(names)})
     # Somebody has removed its file: it can be made again. A pidfile holds by its lock, in a directory of root mostly.
