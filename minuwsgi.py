@@ -39,10 +39,10 @@ The life of a signal. In the master it becomes a byte in a pipe (catch_signals);
 notes what is wanted, and converge() makes what is into what should be: it takes note of the dead (reap), starts
 what is missing (spawn), replaces one after the other what must go, and kills what is overdue (keep_time). Until
 there is a Master, a stop is an exception (Stopped). A worker that is told to stop (Worker.on_stop) finishes its
-request; a pipe that nobody writes to, in the place of its listener or beside it (KeptConnections.stop), ends its
-waiting; who stands in the queue then is served if all end. For a reload a child tries the new code (try_reload);
-then the master executes itself anew (after_proof), inherits sockets and old workers (inherited_state), and
-replaces the workers.
+request; a pipe that nobody writes to, in the place of its listener or beside it (KeptConnections.stop), ends
+accept() or wait(); who is in the queue by then is served too if all end. For a reload a child tries the new code
+(try_reload); then the master executes itself anew (after_proof), inherits sockets and old workers
+(inherited_state), and replaces the workers.
 
 Who owns what. The master: sockets and their files, the pidfile, the workers' lifelines. A worker: the
 connection it accepted, until it closes it or gives it to an Offloader, which calls done() (see let_go) at
@@ -3094,8 +3094,8 @@ SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.S
 
 class ForkGuard:
     """What a fork() in this process means, from now on. A worker becomes what it has to be by itself. What the
-    application forks is no server, and no worker: it must not take our signals, no client waits for it, and it must
-    hold no socket for longer than we do. Our signals wait meanwhile, since they would find it half done."""
+    application forks is no server, and no worker: our signals aren't for it, no client waits for it, and it must hold
+    no socket for longer than we do. Signals wait meanwhile, since they would find it half done."""
 
     def __init__(self, signals, descriptors):
         self.signals, self.descriptors = signals, descriptors
@@ -4388,11 +4388,11 @@ def disown(owned, unwanted):
     """Not before the new code is loaded: the old workers may have to serve on."""
     kept = {one.socket.fileno() for one in owned if one not in unwanted}
     for one in unwanted:
+        owned.remove(one)                               # first: ForkGuard asks for the descriptors of all that is there
         if one.socket.fileno() in kept:                 # it has another name or protocol now
             one.socket.detach()
         else:
             vacuum(one)
-        owned.remove(one)
         one.socket.close()
 
 
