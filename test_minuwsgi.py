@@ -3779,8 +3779,9 @@ class TestForks:
         open('pids', 'a').write(f'{pid} ')
         """
 
-    def test_a_signal_for_it_is_none_for_the_server(self, start, tmp):
-        server = start(textwrap.dedent(self.CHILD) + HELLO)
+    @pytest.mark.parametrize('ini', ['', 'lazy-apps = true'])
+    def test_a_signal_for_it_is_none_for_the_server(self, start, tmp, ini):
+        server = start(textwrap.dedent(self.CHILD) + HELLO, ini)
         pid = int((tmp / 'pids').read_text())
         for number in signal.SIGHUP, signal.SIGTERM:
             os.kill(pid, number)
