@@ -3746,6 +3746,7 @@ class Master:
     def __init__(self, config, owned, application, start, guard, signals, uwsgi, workers, touched):
         self.config, self.owned, self.application, self.uwsgi = config, owned, application, uwsgi
         self.guard, self.dropped = guard, False         # dropped: does nobody but the old workers listen somewhere?
+        guard.descriptors = lambda: [one.socket.fileno() for one in owned] + [c.hold for c in self.children.values()]
         self.start, self.signals, self.touched = start, signals, touched        # {file to be touched: its time}
         self.listeners = [one for one in owned if one.protocol in ('uwsgi', 'http')]
         self.stats, self.command = Stats(self), worker_command(config)
@@ -4530,6 +4531,9 @@ def start_and_run(config, start, owned):
             if not reloaded:
                 raise                                   # else run() finds the signal in the pipe, and stops all
         code = EXIT_NO_APP if application is None else 0
+        if not guard.active:
+            log('a process that the application forked came back from the import, and is ended')
+            os._exit(1)
     if not code:
         disown(owned, unwanted)
     elif not reloaded:

@@ -3222,10 +3222,10 @@ def test_a_program_finds_the_sockets_as_from_systemd_and_dies_with_the_master(st
 
 
 TOLD_ONCE = """
-import signal, socket
+import os, signal, socket
 def stop(*_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    print('told')
+    os.write(1, b'told\\n')
 server = socket.socket(fileno=0)
 signal.signal(signal.SIGTERM, stop)
 with server.accept()[0] as client:
@@ -3793,6 +3793,13 @@ class TestForks:
                        'ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])\n' + HELLO.replace('hello', '%d'))
         assert server.ask().body == b'%d\n'
 
+    @pytest.mark.parametrize('end', ['sys.exit()', 'pass'])
+    def test_one_that_comes_back_from_the_import_removes_nothing(self, start, end):
+        server = start(f'import os, sys\nif not os.fork(): {end}\nelse: os.wait()\n' + HELLO, 'vacuum = true')
+        assert server.ask().body == b'hello\n'
+        assert 'came back from the import' in server.log and server.log.count('ready') == 1
+        server.tracebacks_expected = True
+
     def test_it_does_not_keep_the_sockets(self, start, tmp):
         server = start(textwrap.dedent(self.CHILD) + HELLO, 'pidfile = p', http=True)
         server.kill(signal.SIGHUP)
@@ -4129,9 +4136,8 @@ class TestReload:
 
     def test_a_worker_that_somebody_else_told_to_go_is_no_failure(self, start):
         server = start(ini='processes = 2')
-        for _ in range(3):
-            for pid in server.workers():
-                os.kill(pid, signal.SIGHUP)
+        for pid in server.workers():
+            os.kill(pid, signal.SIGHUP)
         server.wait_for('ended: somebody else told it to', 2)
         assert server.ask().body == b'hello\n' and 'a new one comes in' not in server.log
 
