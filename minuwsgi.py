@@ -1121,6 +1121,11 @@ def name_of(where):
     return os.fsdecode(where).replace('\0', '@')
 
 
+def resolve(host, port):
+    """The first of getaddrinfo(3)'s answers."""
+    return socket.getaddrinfo(host or '0.0.0.0', port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+
+
 class Listener:
     """A listening socket. protocol: 'uwsgi', 'http', 'stats'.  inode, fd: of one that is inherited, and not bound."""
 
@@ -1164,13 +1169,10 @@ class Listener:
                               'group its members') from None
 
     def bind_tcp(self, host, port):
-        found = socket.getaddrinfo(host or '0.0.0.0', port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, _, _, where = found[0]
+        family, kind, _, _, where = resolve(host, port)
         self.socket = socket.socket(family, kind)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)       # what it accepts inherits this
-        with contextlib.suppress(OSError, AttributeError):      # or a slow reader has to take MBs until POLLOUT
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 1 << 16)
         if self.protocol == 'uwsgi' and hasattr(socket, 'TCP_DEFER_ACCEPT'):    # its bytes are there then
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 4)
         self.socket.bind(where)
@@ -1566,9 +1568,26 @@ IOV_MAX, READ_MAX = 1024, 65536         # the most pieces that writev(2) takes; 
 KEEP_UP = 0.01                          # seconds that a worker spends on a job once it had to wait
 
 
+SLOWEST = 500                           # bytes a second: who sends or reads less can't hold a worker for long
+
+
+def unread(fd):
+    """How many bytes were written that the client hasn't taken, see tcp(7) on SIOCOUTQ; 0 where nobody knows."""
+    import fcntl
+    size = bytearray(4)
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(fd, 0x5411, size)
+    return int.from_bytes(size, sys.byteorder)
+
+
 def wait_for(fd, event, seconds):
-    if not ready_within(fd, event, seconds):
-        raise ClientGone(errno.ETIMEDOUT, 'the client was too slow')
+    """For a client that sends, or reads: a socket counts as writable when MBs of it are free, for which a client may
+    take its time as long as it goes on."""
+    left = unread(fd) if event == select.POLLOUT else 0
+    while not ready_within(fd, event, seconds):
+        before, left = left, unread(fd)
+        if before - left < SLOWEST * seconds:
+            raise ClientGone(errno.ETIMEDOUT, 'the client was too slow')
 
 
 LOST = frozenset((errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTUNREACH,
@@ -1684,9 +1703,6 @@ class EmptyInput(io.RawIOBase):
         pass
 
 
-BODY_RATE = 500                         # bytes a second: who sends less can't hold a worker for long
-
-
 class Body(io.RawIOBase):
     """A request body: what came with the head, then what the connection brings. io.BufferedReader makes wsgi.input
     of it.  left: bytes that are still to come; -1: of a chunked body, as long as its end isn't read.
@@ -1695,7 +1711,7 @@ class Body(io.RawIOBase):
     def __init__(self, fd, begun, left, timeout, limit, waited):
         self.fd, self.left, self.timeout, self.waited = fd, left, timeout, waited
         self.begun, self.at = begun, 0  # what was received; so much of it is used
-        self.patience = timeout         # how long we would wait: what comes slower than BODY_RATE uses it up
+        self.patience = timeout         # how long we would wait: what comes slower than SLOWEST uses it up
         self.wants_continue = False     # the client waits for 100 Continue before it sends
         self.buffer, self.piece, self.bad = bytearray(READ_MAX), b'', None
         self.pieces = self.read_chunks(limit) if left < 0 else self.read_plain()
@@ -1724,7 +1740,7 @@ class Body(io.RawIOBase):
         began = time.monotonic()
         got = read_some(self.fd, self.buffer, began + self.patience)
         waited = time.monotonic() - began
-        self.patience = min(self.timeout, self.patience - waited + got / BODY_RATE)
+        self.patience = min(self.timeout, self.patience - waited + got / SLOWEST)
         self.waited(waited)
         self.begun, self.at = self.begun[self.at:] + self.buffer[:got], 0
 
@@ -1928,7 +1944,7 @@ class Response:
         if self.left is not None:
             if size > self.left:
                 if self.length != -1:
-                    log('the application sent more than its Content-Length; the rest is left out')
+                    log_now_and_then('length', 'the application sent more than its Content-Length; that is left out')
                 chunks, size = [b''.join(chunks)[:self.left]], self.left
             self.left -= size
         self.size += size
@@ -1977,13 +1993,15 @@ class Response:
                 result = [result]
             job = self.file_job(result) if type(result) is FileWrapper else self.list_job(result)
             if job is None:
+                until = None
                 for chunk in result:
                     if chunk == b'':
                         continue                        # PEP 3333: the head may still be changed
-                    full = self.sent and self.left == 0
+                    if self.sent and self.left == 0:    # nothing more may be sent, so nobody would see the client go,
+                        until = until or time.monotonic() + 1           # and a stream without end would hold us
+                        if time.monotonic() > until:
+                            break
                     self.write(chunk)
-                    if full:                            # nothing more may be sent, so nobody would see the client leave
-                        break
                 job = self.list_job([])
             return run_a_while(self.fd, job)
         finally:
@@ -2450,7 +2468,7 @@ class Offloader:
         self.wake_read, self.wake_write = os.pipe()
         os.set_blocking(self.wake_read, False)
         self.poll.register(self.wake_read, select.EPOLLIN)
-        self.jobs = {}                                  # fd -> (job, done, event that it waits for, deadline)
+        self.jobs = {}          # fd -> (job, done, event that it waits for, seconds for it, unread bytes, deadline)
 
     def take(self, fd, job, done):
         """Queue a job for the thread. When it has ended, done(fd, ok) is called and owns fd; ok: all was sent."""
@@ -2481,20 +2499,25 @@ class Offloader:
                 closing = b'q' in os.read(fd, 4096)
                 while self.inbox:
                     fd, job, done = self.inbox.popleft()
-                    self.jobs[fd] = job, done, 0, 0.0
+                    self.jobs[fd] = job, done, 0, 0, 0, 0.0
                     self.step(fd)
             now = time.monotonic()
             for fd in [fd for fd, (*_, deadline) in self.jobs.items() if deadline <= now]:
-                self.end(fd, False)
+                job, done, event, seconds, before, _ = self.jobs[fd]
+                left = unread(fd)
+                if event == select.POLLOUT and before - left >= SLOWEST * seconds:      # as in wait_for()
+                    self.jobs[fd] = job, done, event, seconds, left, now + seconds
+                else:
+                    self.end(fd, False)
 
     def step(self, fd):
         """Run a job until it has to wait, or is done."""
-        job, done, known, _ = self.jobs[fd]
+        job, done, known, *_ = self.jobs[fd]
         try:
             event, seconds = next(job)
             if event != known:
                 (self.poll.modify if known else self.poll.register)(fd, event)
-            self.jobs[fd] = job, done, event, time.monotonic() + seconds
+            self.jobs[fd] = job, done, event, seconds, unread(fd), time.monotonic() + seconds
         except StopIteration:
             self.end(fd, True)
         except Exception as error:
@@ -2503,7 +2526,7 @@ class Offloader:
             self.end(fd, False)
 
     def end(self, fd, ok):
-        job, done, known, _ = self.jobs.pop(fd)
+        job, done, known, *_ = self.jobs.pop(fd)
         try:
             if known:
                 self.poll.unregister(fd)
@@ -2693,16 +2716,16 @@ class KeptConnections:
         """The end of the job, in its thread: wait() has to wake up, and to look at the time from now on."""
         self.keep(connection, time.monotonic(), select.EPOLLIN | select.EPOLLOUT) if ok else close_hard(fd)
 
-    def stop(self, drain):
-        """No new connections but those that wait already, since the kernel may have told us alone of them: all, if
-        drain, else as many as a second allows."""
+    def stop(self, seconds):
+        """No new connections but those that wait already, since the kernel may have told us alone of them: as many as
+        so many seconds allow."""
         self.closing_at = time.monotonic() + 1
-        self.drain_until = math.inf if drain else self.closing_at
+        self.drain_until = time.monotonic() + seconds
         for fd in self.listeners:
             with contextlib.suppress(OSError):
                 self.poll.unregister(fd)
         # Not before: until now it could tell us of another one.
-        self.undrained = {fd: listener.waiting() for fd, listener in self.listeners.items()}
+        self.undrained = {fd: listener.waiting() for fd, listener in self.listeners.items()} if seconds else {}
         self.poll.register(self.dead_end, 0)
 
     def may_accept(self, fd):
@@ -3248,7 +3271,7 @@ class Worker:
             return
         self.stopping, self.rows[0].numbers[LEAVING] = True, 2          # 2: the master sees that it was heard
         if self.kept:
-            self.kept.stop(drain=number == signal.SIGTERM)
+            self.kept.stop({signal.SIGTERM: math.inf, signal.SIGHUP: 1}.get(number, 0))
         elif number == signal.SIGTERM:
             (listener,) = self.listeners.values()
             self.may_wait = listener.waiting()
@@ -3390,7 +3413,7 @@ def find_callable(module, attribute, where):
 
 def load(spec, attribute, is_file):
     """The application of a module or a file, `spec` or `spec:attribute`."""
-    name, _, its_own = spec.partition(':')
+    name, its_own = spec.rsplit(':', 1) if ':' in spec and not os.path.isfile(spec) else (spec, '')
     if not is_file and (not name or '/' in name or name.endswith('.py')):
         raise ConfigError(f'{spec!r} is no module; for a file: wsgi-file = FILE')
     return find_callable((import_file if is_file else import_module)(name), its_own or attribute, name)
@@ -3434,7 +3457,8 @@ def load_application(config):
     for mount in config.mount:
         prefix, _, spec = map(str.strip, mount.partition('='))
         with config.errors_at(mount, 'mount'):
-            mounts[prefix.rstrip('/')] = load(spec, config.callable, spec.partition(':')[0].endswith(('.py', '.wsgi')))
+            is_file = '.py:' in f'{spec}:' or '.wsgi:' in f'{spec}:'
+            mounts[prefix.rstrip('/')] = load(spec, config.callable, is_file)
     for name, spec in ('module', config.module), ('wsgi-file', config.wsgi_file):
         try:
             if spec and application is None:
@@ -3665,9 +3689,8 @@ def name_process(config, role):
             file.write((prefix or '') + (name or f'uWSGI {role}') + (config.procname_append or ''))
 
 
-def end_process(mercy, code):
-    """End this process: its threads and atexit functions, but not by the interpreter's own dismantling, which would
-    touch, and so copy, every page that is shared with the master, and give signals their default handlers back."""
+def finish_process(mercy, code):
+    """Give the threads and the atexit functions of this process their time. The exit code."""
     import atexit
     threading = sys.modules.get('threading')
 
@@ -3686,7 +3709,7 @@ def end_process(mercy, code):
         threading._shutdown()
     atexit._run_exitfuncs()
     flush_streams()
-    os._exit(code)
+    return code
 
 
 SETTLED = 1.0                           # seconds after which a program of another language counts as ready
@@ -3743,9 +3766,10 @@ class Child:
 class Master:
     """The process that owns the sockets, and keeps the workers that there should be."""
 
-    def __init__(self, config, owned, application, start, guard, signals, uwsgi, workers, touched):
+    def __init__(self, config, owned, application, start, guard, signals, uwsgi, workers, touched,
+                 dropped):
         self.config, self.owned, self.application, self.uwsgi = config, owned, application, uwsgi
-        self.guard, self.dropped = guard, False         # dropped: does nobody but the old workers listen somewhere?
+        self.guard, self.dropped = guard, dropped       # dropped: do only the old workers listen somewhere?
         guard.descriptors = lambda: [one.socket.fileno() for one in owned] + [c.hold for c in self.children.values()]
         self.start, self.signals, self.touched = start, signals, touched        # {file to be touched: its time}
         self.listeners = [one for one in owned if one.protocol in ('uwsgi', 'http')]
@@ -3821,8 +3845,7 @@ class Master:
         for child in self.children.values():
             child.told_at = min(child.told_at, self.now)
             busy += child.doing(f'; worker {child.number} busy with ')
-        if self.proof is not None:
-            os.kill(self.proof, signal.SIGKILL)
+        self.end_proof()
         log('stopping at once' if self.stopping > 1 else 'stopping' + busy)
         self.notify('STOPPING=1')
 
@@ -3878,6 +3901,8 @@ class Master:
         except ChildProcessError:                       # there is none: has the application waited for ours?
             for pid in list(self.children):
                 self.bury(self.children.pop(pid), 0, 0)
+            if self.proof is not None:
+                self.after_proof(EXIT_CONFIG)
 
     def bury(self, child, code, rss):
         """A worker ended: say why if nobody asked it to, and slow down if that comes again and again."""
@@ -4063,13 +4088,13 @@ class Master:
             fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)
             if os.getppid() == master:                  # else it died before the lifeline was set
                 self.work(number, rows, master)
-            end_process(self.config.worker_reload_mercy, 0)
+            status = finish_process(self.config.worker_reload_mercy, 0)
         except SystemExit as error:
             status = error.code if type(error.code) is int else 1
         except BaseException:
             log_exception(f'worker {number} failed')
         finally:
-            os._exit(status)
+            os._exit(status)                            # Python's own end would touch, and so copy, all shared pages
 
     def work(self, number, rows, master=None):
         """Be a worker until told to stop: of a master, or without one."""
@@ -4103,18 +4128,24 @@ class Master:
     def try_reload(self):
         """First the proof: a child does what --check does. Only one at a time, and it may hang; and another reload
         waits until the last has replaced all, or can't."""
-        if self.proof is not None:
-            if self.due(self.proof_began + min(10, self.config.worker_reload_mercy)):
-                log('reload: the code that was tried since then is given up for newer code')
-                os.kill(self.proof, signal.SIGKILL)
-            return
-        if any(child.old for child in self.serving()) and self.now >= self.not_before:
+        if self.proof is not None and self.due(self.proof_began + min(10, self.config.worker_reload_mercy)):
+            log('reload: the code that was tried since then is given up for newer code')
+            self.proof_began = self.now
+            self.end_proof()
+        if self.proof is not None or any(child.old for child in self.serving()) and self.now >= self.not_before:
             return
         self.reload_wanted, self.proof_began = False, self.now
         log('reload: trying the new configuration and application')
         self.notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}\nSTATUS=reloading')
         self.proof = self.start_python(os.posix_spawn, ['--check'], {}, setsigmask=[signal.SIGINT], setsigdef=SIGNALS,
                                        file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)])
+
+    def end_proof(self):
+        try:
+            if self.proof is not None:
+                os.kill(self.proof, signal.SIGKILL)
+        except ProcessLookupError:                      # the application has waited for it
+            self.proof = None
 
     def after_proof(self, code):
         """Then the same process with new code. It inherits what we own and our children, see inherited_state()."""
@@ -4188,9 +4219,12 @@ class Start:
     def __init__(self, arguments):
         self.environment = {name: value for name, value in os.environ.items() if name != RELOADED}
         script, module = os.path.abspath(sys.argv[0]), sys.modules['__main__'].__spec__
-        before = getattr(sys, 'orig_argv', [])[1:-len(sys.argv)]        # Python 3.10
-        if module and before:                           # -m, or at the end of another: -um
-            before[-1:] = [before[-1][:-1]] if before[-1] != '-m' else []
+        _, *before = getattr(sys, 'orig_argv', sys.argv)[:1 - len(sys.argv) or None]    # Python 3.10
+        if before:                                      # at the end the script, or -m NAME, -mNAME, -umNAME
+            option = before.pop()
+            if module:
+                option = option.removesuffix(module.name) or before.pop()
+                before += [option[:-1]] if len(option) > 2 else []
         self.program = ['-m', module.name] if module else [script]
         self.command = [sys.executable, *before, *self.program, *arguments]
         if os.path.dirname(script) != os.getcwd():      # another Python may find no module of that name
@@ -4331,6 +4365,10 @@ class Pidfile:
 def known_as(name):
     """The names of a socket that an option may mean: [::]:80 is 0.0.0.0:80 too to the kernel, if not told otherwise."""
     port = name.removeprefix('0.0.0.0').removeprefix('[::]')
+    with contextlib.suppress(ConfigError, OSError):
+        kind, where = parse_address(name)
+        if kind == 'tcp':
+            name = name_of(resolve(*where)[-1])
     return name, os.path.abspath(name), '0.0.0.0' + port, '[::]' + port
 
 
@@ -4360,21 +4398,33 @@ def addresses(config):
     return list(names)
 
 
+def is_lost(one):
+    """Has somebody removed the file of a socket? (A pidfile holds by its lock.)"""
+    try:
+        return one.inode and one.protocol != 'pidfile' and not os.lstat(one.name)
+    except OSError as error:
+        return error.errno == errno.ENOENT              # else it may be there, where we have no right to look any more
+
+
 def bind(config, owned):
     """Own what the options name, listeners and the pidfile. What they name no more, for disown()."""
     names, given = addresses(config), activated()
     config.socket_owner = socket_owner(config)          # a mistake in it is told before anything is bound
     wanted = {name: next((given.pop(one) for one in known_as(name[0]) if one in given), None) for name in names}
     wanted.update({(f'fd://{fd}', config.protocol): fd for fd in given.values() if f'fd://{fd}' not in dict(names)})
-    # Somebody has removed its file: it can be made again. A pidfile holds by its lock, in a directory of root mostly.
-    lost = [one for one in owned if one.inode and not os.path.lexists(one.name) and one.protocol != 'pidfile']
-    unwanted = [one for one in owned if (one.address, one.protocol) not in wanted or one in lost]
-    before = {(one.address, one.protocol) for one in owned if one not in unwanted}
-    spare = {one.name: (one.inode, one.socket.fileno()) for one in unwanted if one not in lost}
+    unwanted = [one for one in owned if (one.address, one.protocol) not in wanted]
+    before = {(one.address, one.protocol): one for one in owned if one not in unwanted}
+    spare = {one.name: (one.inode, one.socket.fileno()) for one in unwanted}
     for name, fd in wanted.items():
         if name not in before:                          # what is spare may go on with another name or protocol
             again = (spare[one] for one in known_as(name[0]) if one in spare and fd is None)
             own(config, owned, *name, *next(again, (None, fd)))
+        elif is_lost(before[name]):
+            try:
+                own(config, owned, *name, None, None)
+                unwanted.append(before[name])
+            except ConfigError as error:
+                log(f'warning: the file of the socket was removed, and {error}')
     ours = [one for one in owned if one not in unwanted]
     if not any(one.protocol in ('uwsgi', 'http') for one in ours):
         raise ConfigError(NO_SOCKET)
@@ -4386,8 +4436,9 @@ def bind(config, owned):
 
 
 def disown(owned, unwanted):
-    """Not before the new code is loaded: the old workers may have to serve on."""
+    """Not before the new code is loaded: the old workers may have to serve on. Do only they listen somewhere now?"""
     kept = {one.socket.fileno() for one in owned if one not in unwanted}
+    dropped = any(one.protocol in ('uwsgi', 'http') and one.socket.fileno() not in kept for one in unwanted)
     for one in unwanted:
         owned.remove(one)                               # first: ForkGuard asks for the descriptors of all that is there
         if one.socket.fileno() in kept:                 # it has another name or protocol now
@@ -4395,6 +4446,7 @@ def disown(owned, unwanted):
         else:
             vacuum(one)
         one.socket.close()
+    return dropped
 
 
 def drop_privileges(config):
@@ -4427,7 +4479,7 @@ def drop_privileges(config):
 
 
 def check(config):
-    """Print each line of the configuration, then all that would stop a start; the process ends with it."""
+    """Print each line of the configuration, then all that would stop a start. The exit code."""
     offer_uwsgi_module(config)
     show_config(config)
     errors, sockets = list(config.errors), config.socket + config.uwsgi_socket + config.http_socket
@@ -4448,7 +4500,7 @@ def check(config):
     for error in errors:
         log(f'minuwsgi: {error}')
     loaded = load_or_log(config) is not None
-    end_process(1, EXIT_CONFIG if errors else 0 if loaded else EXIT_NO_APP)
+    return finish_process(1, EXIT_CONFIG if errors else 0 if loaded else EXIT_NO_APP)
 
 
 def inherited_state():
@@ -4524,9 +4576,10 @@ def start_and_run(config, start, owned):
         log_exception('minuwsgi: the start failed')     # there are workers to be kept
     touched = {name: mtime(name) for name in config.touch_reload + config.touch_chain_reload}   # before we load
     if not (code or lazy):
-        catch_signals(wake, starting=True)              # after a reload too: loading may take long
         try:
+            catch_signals(wake, starting=True)          # after a reload too: loading may take long
             application = load_or_log(config)
+            catch_signals(wake)
         except Stopped:
             if not reloaded:
                 raise                                   # else run() finds the signal in the pipe, and stops all
@@ -4534,13 +4587,11 @@ def start_and_run(config, start, owned):
         if not guard.active:
             log('a process that the application forked came back from the import, and is ended')
             os._exit(1)
-    if not code:
-        disown(owned, unwanted)
-    elif not reloaded:
+    if code and not reloaded:
         return code
+    dropped = not code and disown(owned, unwanted)
     catch_signals(wake)
-    master = Master(config, owned, application, start, guard, signals, uwsgi, workers, touched)
-    master.dropped = not code and any(one.protocol in ('uwsgi', 'http') for one in unwanted)
+    master = Master(config, owned, application, start, guard, signals, uwsgi, workers, touched, dropped)
     if code:
         master.not_before = math.inf
         master.reload_failed('see above; the old workers go on serving, none can be replaced until the next reload')
@@ -4551,7 +4602,7 @@ def start_and_run(config, start, owned):
 
 
 def serve(config, start):
-    """The server, until it is told to stop; the process ends with it."""
+    """The server, until it is told to stop. Its exit code."""
     owned, code = [], 0
     try:
         code = start_and_run(config, start, owned)
@@ -4560,12 +4611,14 @@ def serve(config, start):
     finally:
         for one in owned if config.vacuum else ():
             vacuum(one)
+    for number in signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2:
+        signal.signal(number, signal.SIG_IGN)           # at Python's own end they would kill
     for number in signal.SIGINT, signal.SIGQUIT:        # whatever the end waits for
         signal.signal(number, lambda *_: os._exit(code))
     if start.at_once:
         flush_streams()
         os._exit(code)
-    end_process(config.worker_reload_mercy, code)
+    return finish_process(config.worker_reload_mercy, code)
 
 
 def send_signal(what, name='PIDFILE'):
@@ -4592,14 +4645,14 @@ def configure_and_serve(arguments):
     except ConfigError as error:
         config.errors.append(str(error))
     if config.check:
-        check(config)
+        return check(config)
     if config.show_config:                              # in the file, as with uWSGI: the start goes on
         show_config(config)
     for warning in config.warnings:
         log(warning)
     if config.errors and RELOADED not in os.environ:    # there are workers to be kept
         raise ConfigError('\n'.join(config.errors))
-    serve(config, start)
+    return serve(config, start)
 
 
 def main(arguments):
