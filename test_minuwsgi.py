@@ -3933,10 +3933,10 @@ class TestStop:
             client.join()
 
     def test_without_a_master_the_end_is_that_of_any_program(self, start, tmp):
-        server = start('import threading\nfile = open("buffered", "w")\nfile.write("this")\n' + HELLO, 'master = false',
-                       program=('-m', 'cProfile', '-o', 'profile', str(MINUWSGI)))
-        assert server.stop() == 0
-        assert (tmp / 'buffered').read_text() == 'this' and (tmp / 'profile').stat().st_size
+        server = start('file = open("buffered", "w")\nfile.write("this")\n' + HELLO, 'master = false')
+        assert server.stop() == 0 and (tmp / 'buffered').read_text() == 'this'
+        server = start(HELLO, 'master = false', program=('-m', 'cProfile', '-o', 'profile', str(MINUWSGI)))
+        assert server.stop() == 0 and (tmp / 'profile').stat().st_size
 
     def test_at_once_waits_for_no_thread_of_the_application(self, start):
         server = start('import threading\nthreading.Thread(target=threading.Event().wait).start()\n' + HELLO)
