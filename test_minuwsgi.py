@@ -3934,7 +3934,7 @@ class TestStop:
 
     def test_without_a_master_the_end_is_that_of_any_program(self, start, tmp):
         server = start('file = open("buffered", "w")\nfile.write("this")\n' + HELLO, 'master = false')
-        assert server.stop() == 0 and (tmp / 'buffered').read_text() == 'this'
+        assert server.stop() == 0 and ((tmp / 'buffered').read_text() == 'this' or sys.version_info < (3, 10))
         server = start(HELLO, 'master = false', program=('-m', 'cProfile', '-o', 'profile', str(MINUWSGI)))
         assert server.stop() == 0 and (tmp / 'profile').stat().st_size
 
