@@ -1586,7 +1586,7 @@ def wait_for(fd, event, seconds):
     left = unread(fd) if event == select.POLLOUT else 0
     while not ready_within(fd, event, seconds):
         before, left = left, unread(fd)
-        if before - left < SLOWEST * seconds:
+        if event != select.POLLOUT or seconds <= 0 or before - left < SLOWEST * seconds:
             raise ClientGone(errno.ETIMEDOUT, 'the client was too slow')
 
 
@@ -4219,7 +4219,7 @@ class Start:
     def __init__(self, arguments):
         self.environment = {name: value for name, value in os.environ.items() if name != RELOADED}
         script, module = os.path.abspath(sys.argv[0]), sys.modules['__main__'].__spec__
-        _, *before = getattr(sys, 'orig_argv', sys.argv)[:1 - len(sys.argv) or None]    # Python 3.10
+        before = getattr(sys, 'orig_argv', sys.argv)[:1 - len(sys.argv) or None][1:]    # Python 3.10
         if before:                                      # at the end the script, or -m NAME, -mNAME, -umNAME
             option = before.pop()
             if module:
@@ -4230,7 +4230,7 @@ class Start:
         if os.path.dirname(script) != os.getcwd():      # another Python may find no module of that name
             self.program = [script]
         self.directory, self.path = os.open('.', os.O_RDONLY), os.getcwd()
-        self.parent = None                              # the end of a pipe to who waits in front
+        self.pid, self.parent = os.getpid(), None       # parent: the end of a pipe to who waits in front
         self.at_once = False                            # should it end without waiting for anything?
 
     def daemonize(self, name):
@@ -4242,6 +4242,7 @@ class Start:
         if not pid:
             os.close(wait)
             os.setsid()
+            self.pid = os.getpid()
             os.dup2(os.open(os.devnull, os.O_RDWR), 0)
             return
         os.close(self.parent)
@@ -4365,7 +4366,7 @@ class Pidfile:
 def known_as(name):
     """The names of a socket that an option may mean: [::]:80 is 0.0.0.0:80 too to the kernel, if not told otherwise."""
     port = name.removeprefix('0.0.0.0').removeprefix('[::]')
-    with contextlib.suppress(ConfigError, OSError):
+    with contextlib.suppress(ConfigError, OSError, ValueError):         # own() will tell
         kind, where = parse_address(name)
         if kind == 'tcp':
             name = name_of(resolve(*where)[-1])
@@ -4565,7 +4566,8 @@ def start_and_run(config, start, owned):
     signals, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     catch_signals(wake, starting=not reloaded)          # after a reload there are workers to be stopped in order
     uwsgi, lazy = offer_uwsgi_module(config), config.lazy_apps and (config.master or reloaded)
-    application, code, guard = None, EXIT_CONFIG, ForkGuard(SIGNALS, lambda: [one.socket.fileno() for one in owned])
+    application, code = None, EXIT_CONFIG
+    guard = ForkGuard(SIGNALS, lambda: [one.socket.fileno() for one in owned] + [start.parent] * bool(start.parent))
     try:
         unwanted, code = set_up(config, start, owned, inherited), 0
     except ConfigError as error:
@@ -4609,6 +4611,8 @@ def serve(config, start):
     except Stopped:
         log('stopped while starting')
     finally:
+        if os.getpid() != start.pid:                    # a child of the application, which owns nothing
+            os._exit(1)
         for one in owned if config.vacuum else ():
             vacuum(one)
     for number in signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2:

@@ -3824,6 +3824,15 @@ class TestForks:
         assert 'came back from the import' in server.log and server.log.count('ready') == 1
         server.tracebacks_expected = True
 
+    def test_one_that_is_interrupted_removes_nothing(self, start, tmp):
+        server = start('import os, time\npid = os.fork()\nwhile not pid: time.sleep(1)\n' + HELLO
+                       + 'open("pid", "w").write(str(pid))\n', 'vacuum = true\npidfile = p')
+        server.tracebacks_expected = True
+        pid = int((tmp / 'pid').read_text())
+        os.kill(pid, signal.SIGINT)
+        wait_until(lambda: not alive(pid), 'its end')
+        assert server.ask().body == b'hello\n' and (tmp / 'p').exists()
+
     def test_it_does_not_keep_the_sockets(self, start, tmp):
         server = start(textwrap.dedent(self.CHILD) + HELLO, 'pidfile = p', http=True)
         server.kill(signal.SIGHUP)
@@ -6443,6 +6452,21 @@ def application(e, s):
         assert server.ask().body == b'hello\n'
 
 
+def test_who_sends_until_the_deadline_and_then_nothing_holds_no_worker(start):
+    server = start(HOSTILE, 'socket-timeout = 1')
+    for head in b'\0\xff\xf0\0', packet('/body', CONTENT_LENGTH='100000'):
+        with connect(server.socket) as connection:
+            connection.sendall(head)
+            until = time.monotonic() + 1.5
+            with contextlib.suppress(OSError):
+                while time.monotonic() < until:
+                    connection.sendall(b'x')
+                    time.sleep(0.0005)
+            with contextlib.suppress(OSError):
+                assert b'200 OK' not in read_all(connection)
+        assert server.ask().body == b'hello\n'
+
+
 def test_who_reads_slowly_but_steadily_is_served(start):
     """Though a socket counts as writable only when MBs of it are free."""
     server = start(HOSTILE, 'socket-timeout = 1', http=True)
@@ -6813,6 +6837,10 @@ class TestMessages:
     def test_without_arguments_the_help_ends_with_what_is_missing(self, tmp):
         code, output = run(tmp)
         assert code == 1 and output.splitlines()[-1].startswith('minuwsgi: an application is expected, or an INI file')
+
+    def test_a_host_that_can_not_be_one_is_told(self, tmp):
+        code, output = run(tmp, 'minuwsgi:demo', '--http-socket', 'a..b:80')
+        assert code == 1 and "can't bind a..b:80" in output and 'Traceback' not in output
 
     def test_the_environment_alone_may_configure_it(self, tmp):
         (tmp / 'app.py').write_text(HELLO)
