@@ -4250,6 +4250,7 @@ class Start:
             if os.read(wait, 1):
                 os._exit(0)
         except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             os.kill(pid, signal.SIGTERM)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         with contextlib.suppress(OSError), open(name, 'rb') as file:
