@@ -685,8 +685,8 @@ class Config:
     def judge(self, setting):
         """The final fate of a line, now that all names in %(...) are known."""
         dashed = setting.name.replace('_', '-')
-        exact = any(setting.name == pattern for pattern, *_ in PATTERNS)        # else a * may mean others than this
-        guessed = setting.fate == 'unknown' or setting.fate == 'unsupported' and not exact
+        guessed = setting.fate == 'unknown' or setting.fate == 'unsupported' and all(
+            setting.name != pattern for pattern, *_ in PATTERNS)        # a * may mean others than this
         if guessed and (setting.name in self.variables or setting.where.startswith('environment')):
             setting.fate, setting.reason = 'variable', ''
         elif setting.fate == 'unknown' and fate(dashed)[0] != 'unknown':
@@ -1566,8 +1566,6 @@ def client_address(environ, trusted):
 SMALL = 32768                           # so much always fits into an empty socket buffer: write() can't block
 IOV_MAX, READ_MAX = 1024, 65536         # the most pieces that writev(2) takes; bytes to read at once
 KEEP_UP = 0.01                          # seconds that a worker spends on a job once it had to wait
-
-
 SLOWEST = 500                           # bytes a second: who sends or reads less can't hold a worker for long
 
 
@@ -1580,14 +1578,19 @@ def unread(fd):
     return int.from_bytes(size, sys.byteorder)
 
 
+def still_unread(fd, event, seconds, before):
+    """A client let us wait for so long. A socket counts as writable when MBs of it are free, for which it may take its
+    time as long as it goes on: what it has left of the bytes that were unread before. Else it was too slow."""
+    left = unread(fd)
+    if event != select.POLLOUT or seconds <= 0 or before - left < SLOWEST * seconds:
+        raise ClientGone(errno.ETIMEDOUT, 'the client was too slow')
+    return left
+
+
 def wait_for(fd, event, seconds):
-    """For a client that sends, or reads: a socket counts as writable when MBs of it are free, for which a client may
-    take its time as long as it goes on."""
     left = unread(fd) if event == select.POLLOUT else 0
     while not ready_within(fd, event, seconds):
-        before, left = left, unread(fd)
-        if event != select.POLLOUT or seconds <= 0 or before - left < SLOWEST * seconds:
-            raise ClientGone(errno.ETIMEDOUT, 'the client was too slow')
+        left = still_unread(fd, event, seconds, left)
 
 
 LOST = frozenset((errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.EHOSTUNREACH,
@@ -2397,7 +2400,8 @@ def pass_head(output, start_response):
     status = known.get('status') or ('302 Found' if 'location' in known else '200 OK')
     with contextlib.suppress(ValueError):
         status = f'{status} {HTTPStatus(int(status)).phrase}'           # it was only a number
-    start_response(status, [(name, value) for name, value in headers if name.lower() not in HOP_BY_HOP | {'status'}])
+    not_passed = HOP_BY_HOP | {'status'}
+    start_response(status, [(name, value) for name, value in headers if name.lower() not in not_passed])
 
 
 def run_cgi(command, variables, body, seconds, response):
@@ -2503,11 +2507,10 @@ class Offloader:
                     self.step(fd)
             now = time.monotonic()
             for fd in [fd for fd, (*_, deadline) in self.jobs.items() if deadline <= now]:
-                job, done, event, seconds, before, _ = self.jobs[fd]
-                left = unread(fd)
-                if event == select.POLLOUT and before - left >= SLOWEST * seconds:      # as in wait_for()
-                    self.jobs[fd] = job, done, event, seconds, left, now + seconds
-                else:
+                job, done, event, seconds, left, _ = self.jobs[fd]
+                try:
+                    self.jobs[fd] = job, done, event, seconds, still_unread(fd, event, seconds, left), now + seconds
+                except ClientGone:
                     self.end(fd, False)
 
     def step(self, fd):
@@ -2719,8 +2722,8 @@ class KeptConnections:
     def stop(self, seconds):
         """No new connections but those that wait already, since the kernel may have told us alone of them: as many as
         so many seconds allow."""
-        self.closing_at = time.monotonic() + 1
-        self.drain_until = time.monotonic() + seconds
+        now = time.monotonic()
+        self.closing_at, self.drain_until = now + 1, now + seconds
         for fd in self.listeners:
             with contextlib.suppress(OSError):
                 self.poll.unregister(fd)
@@ -3766,8 +3769,7 @@ class Child:
 class Master:
     """The process that owns the sockets, and keeps the workers that there should be."""
 
-    def __init__(self, config, owned, application, start, guard, signals, uwsgi, workers, touched,
-                 dropped):
+    def __init__(self, config, owned, application, start, guard, signals, uwsgi, workers, touched, dropped):
         self.config, self.owned, self.application, self.uwsgi = config, owned, application, uwsgi
         self.guard, self.dropped = guard, dropped       # dropped: do only the old workers listen somewhere?
         guard.descriptors = lambda: [one.socket.fileno() for one in owned] + [c.hold for c in self.children.values()]
@@ -4367,7 +4369,7 @@ class Pidfile:
 def known_as(name):
     """The names of a socket that an option may mean: [::]:80 is 0.0.0.0:80 too to the kernel, if not told otherwise."""
     port = name.removeprefix('0.0.0.0').removeprefix('[::]')
-    with contextlib.suppress(ConfigError, OSError, ValueError):         # own() will tell
+    with contextlib.suppress(ConfigError, OSError, ValueError):         # acquire() will tell
         kind, where = parse_address(name)
         if kind == 'tcp':
             name = name_of(resolve(*where)[-1])
@@ -4383,7 +4385,12 @@ def activated():
     return found
 
 
-def own(config, owned, address, protocol, inode, fd):
+def known_in(there, name):
+    """The key of `there` (names of the kernel) that a name in an option means, or None."""
+    return next((one for one in known_as(name) if one in there), None) if there else None
+
+
+def acquire(config, owned, address, protocol, inode, fd):
     """Bind an address, or create the pidfile; or, with a descriptor, go on with what is there already."""
     with config.errors_at(address):
         owned.append((Pidfile if protocol == 'pidfile' else Listener)(config, address, protocol, inode, fd))
@@ -4402,28 +4409,31 @@ def addresses(config):
 
 def is_lost(one):
     """Has somebody removed the file of a socket? (A pidfile holds by its lock.)"""
+    if not one.inode or one.protocol == 'pidfile':
+        return False
     try:
-        return one.inode and one.protocol != 'pidfile' and not os.lstat(one.name)
+        os.lstat(one.name)
     except OSError as error:
         return error.errno == errno.ENOENT              # else it may be there, where we have no right to look any more
+    return False
 
 
 def bind(config, owned):
     """Own what the options name, listeners and the pidfile. What they name no more, for disown()."""
     names, given = addresses(config), activated()
     config.socket_owner = socket_owner(config)          # a mistake in it is told before anything is bound
-    wanted = {name: next((given.pop(one) for one in known_as(name[0]) if one in given), None) for name in names}
+    wanted = {name: given.pop(known_in(given, name[0]), None) for name in names}
     wanted.update({(f'fd://{fd}', config.protocol): fd for fd in given.values() if f'fd://{fd}' not in dict(names)})
     unwanted = [one for one in owned if (one.address, one.protocol) not in wanted]
     before = {(one.address, one.protocol): one for one in owned if one not in unwanted}
     spare = {one.name: (one.inode, one.socket.fileno()) for one in unwanted}
     for name, fd in wanted.items():
         if name not in before:                          # what is spare may go on with another name or protocol
-            again = (spare[one] for one in known_as(name[0]) if one in spare and fd is None)
-            own(config, owned, *name, *next(again, (None, fd)))
+            again = known_in(spare, name[0]) if fd is None else None
+            acquire(config, owned, *name, *spare.get(again, (None, fd)))
         elif is_lost(before[name]):
             try:
-                own(config, owned, *name, None, None)
+                acquire(config, owned, *name, None, None)
                 unwanted.append(before[name])
             except ConfigError as error:
                 log(f'warning: the file of the socket was removed, and {error}')
@@ -4548,7 +4558,7 @@ def open_logs(config, start, reloaded):
 def set_up(config, start, owned, inherited):
     """What may need root's rights, up to giving them up. What isn't named any more, for disown()."""
     for one in inherited:                               # first what must not get lost, whatever fails
-        own(config, owned, *one)
+        acquire(config, owned, *one)
     if config.errors:
         raise ConfigError('\n'.join(config.errors))
     prepare(config)
@@ -4582,7 +4592,7 @@ def start_and_run(config, start, owned):
         try:
             catch_signals(wake, starting=True)          # after a reload too: loading may take long
             application = load_or_log(config)
-            catch_signals(wake)
+            catch_signals(wake)                         # in here, as a stop may come until it is done
         except Stopped:
             if not reloaded:
                 raise                                   # else run() finds the signal in the pipe, and stops all

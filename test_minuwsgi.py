@@ -342,6 +342,8 @@ def test_the_tools_work(start):
 UWSGI_BINARY = os.path.expanduser('~/.cache/minuwsgi-peers/bin/uwsgi')
 UWSGI_BINARY = UWSGI_BINARY if os.access(UWSGI_BINARY, os.X_OK) else shutil.which('uwsgi') or ''
 needs_uwsgi = pytest.mark.skipif(not os.access(UWSGI_BINARY, os.X_OK), reason='there is no uwsgi to compare with')
+needs_root = pytest.mark.skipif(os.getuid() != 0 or not os.path.exists('/usr/bin/python3'),
+                                reason='needs root, and /usr/bin/python3, which anybody can read')
 
 
 def load(tmp, text, *arguments):
@@ -4020,6 +4022,16 @@ os.register_at_fork(after_in_child=lambda: threading.Thread(target=linger).start
         assert server.stop(signal.SIGINT) == 0
 
 
+WAITS_FOR_ALL = HELLO + """
+import os, threading
+def wait_for_all():
+    while True:
+        try: os.wait()
+        except ChildProcessError: threading.Event().wait(0.01)
+threading.Thread(target=wait_for_all, daemon=True).start()
+"""
+
+
 class TestReload:
     """A reload brings the new code and configuration, and nobody waits for it or is lost."""
 
@@ -4174,8 +4186,7 @@ class TestReload:
         wait_until(lambda: ask(f'{tmp}/s').body == b'again\n', 'the new code')
         server.end()
 
-    @pytest.mark.skipif(os.getuid() != 0 or not os.path.exists('/usr/bin/python3'),
-        reason='needs root and /usr/bin/python3')
+    @needs_root
     @pytest.mark.parametrize('mode', [0o700, 0o755])
     def test_a_socket_that_could_not_be_made_again_is_kept(self, start, tmp, mode):
         """It is where we may not look, or it was removed from where we may not write: the others go on."""
@@ -4194,14 +4205,7 @@ class TestReload:
             assert ask(f'{tmp}/private/s').body == b'hello\n'
 
     def test_the_application_may_wait_for_the_proof_too(self, start):
-        server = start(HELLO + """
-import os, threading
-def wait_for_all():
-    while True:
-        try: os.wait()
-        except ChildProcessError: threading.Event().wait(0.01)
-threading.Thread(target=wait_for_all, daemon=True).start()
-""", 'worker-reload-mercy = 1')
+        server = start(WAITS_FOR_ALL, 'worker-reload-mercy = 1')
         for i in range(2):
             server.kill(signal.SIGHUP)
             server.wait_for('^reload: trying', i + 1)
@@ -4844,8 +4848,7 @@ class TestDaemon:
         assert server.ask().body == b'by us\nby a program\n'
         assert 'behind' in (tmp / 'log').read_text()
 
-    @pytest.mark.skipif(os.getuid() != 0 or not os.path.exists('/usr/bin/python3'),
-        reason='needs root and /usr/bin/python3')
+    @needs_root
     def test_root_is_left_for_good_before_the_application_is_loaded(self, start, tmp):
         os.chmod(tmp, 0o777)
         shutil.copy(MINUWSGI, tmp)                      # where nobody may read it, for the reload
@@ -4865,8 +4868,7 @@ class TestDaemon:
         server.wait_for('^ready', 2)
         assert server.stop() == 0 and not os.path.exists(server.socket)
 
-    @pytest.mark.skipif(os.getuid() != 0 or not os.path.exists('/usr/bin/python3'),
-        reason='needs root and /usr/bin/python3')
+    @needs_root
     def test_files_that_the_uid_cannot_read_for_a_reload_are_told_at_the_start(self, start, tmp):
         os.chmod(tmp, 0o777)
         shutil.copy(MINUWSGI, tmp)
@@ -5192,14 +5194,7 @@ class TestBadApps:
         assert server.wait() == 22 and 'monkey.patch_all() of gevent or eventlet' in server.log
 
     def test_an_application_that_waits_for_our_children_does_no_harm(self, start):
-        server = start(HELLO + """
-import os, threading
-def wait_for_all():
-    while True:
-        try: os.wait()
-        except ChildProcessError: threading.Event().wait(0.01)
-threading.Thread(target=wait_for_all, daemon=True).start()
-""")
+        server = start(WAITS_FOR_ALL)
         before = server.workers()
         os.kill(before[0], signal.SIGKILL)
         wait_until(lambda: server.workers() not in ([], before), 'another worker')
@@ -5240,9 +5235,6 @@ os.umask(0o777)
         assert server.ask().body == b'hello\n'
         assert server.stop() == 0 and 'killed' not in server.log
 
-
-needs_root = pytest.mark.skipif(os.getuid() != 0 or not os.path.exists('/usr/bin/python3'),
-                                reason='needs root, and /usr/bin/python3, which anybody can read')
 
 # what steered uWSGI, and what would steer a program or Python itself
 STEERING = tuple(("UWSGI_FILE UWSGI_SCRIPT UWSGI_MODULE UWSGI_CALLABLE UWSGI_CHDIR UWSGI_PYHOME UWSGI_SETENV "
