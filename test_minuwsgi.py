@@ -4105,6 +4105,7 @@ class TestReload:
             server.kill(signal.SIGHUP)
             server.wait_for('is given up for newer code')
         server.wait_for('^ready', 2)
+        wait_until(lambda: len(server.workers()) == 1, 'the end of the old worker')
         assert server.ask().body == b'newer\n'
 
     @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGQUIT])
