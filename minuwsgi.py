@@ -1262,9 +1262,9 @@ def unpack_vars(block):
     return found
 
 
-# What a web server sends the same with each request, if nothing else is set up.
+# What a web server sends the same with each request, if nothing else is set up; most sites have one name.
 CONSTANT = frozenset(('DOCUMENT_ROOT', 'SERVER_PROTOCOL', 'REQUEST_SCHEME', 'SERVER_PORT', 'SERVER_NAME', 'HTTPS',
-                      'SCRIPT_NAME', 'SERVER_SOFTWARE', 'GATEWAY_INTERFACE', 'UWSGI_SCHEME'))
+                      'SCRIPT_NAME', 'SERVER_SOFTWARE', 'GATEWAY_INTERFACE', 'UWSGI_SCHEME', 'HTTP_HOST'))
 UNWANTED = frozenset(('HTTP_CONTENT_LENGTH', 'HTTP_CONTENT_TYPE'))      # PEP 3333: they have no HTTP_
 SCHEME = frozenset(('HTTPS', 'REQUEST_SCHEME', 'UWSGI_SCHEME'))
 UNPLANNED = UNWANTED | {'HTTP_TRANSFER_ENCODING'}
@@ -2537,7 +2537,7 @@ class Offloader:
         except StopIteration:
             self.end(fd, True)
         except Exception as error:
-            if not isinstance(error, (ConnectionError, ClientGone)):
+            if not isinstance(error, ClientGone) and getattr(error, 'errno', None) not in LOST:
                 log_now_and_then('offload', f'offload: {error}')
             self.end(fd, False)
 
@@ -2853,7 +2853,7 @@ class Core:
                         os.set_blocking(fd, False)
                     try:
                         got = preadv(fd, buffers, -1, nowait)
-                    except (BlockingIOError, ConnectionError):
+                    except OSError:                     # nothing yet, or the client has gone: receive() will see
                         got = 0
                     modifier1 = memory[0]
                     end = memory[1] + (memory[2] << 8) + 4  # if got < 4 that of an earlier packet: no matter, it's >= 4
@@ -3241,7 +3241,8 @@ class Worker:
             faulthandler.unregister(number)             # when it is called again
             signal.signal(number, handler)
         for number in handlers.keys() & {signal.SIGUSR2, signal.SIGALRM}:
-            faulthandler.register(number, file=2, chain=True)   # the stacks come first, and even if Python hangs in C
+            # Our stack comes first, and even if Python hangs in C; those of other threads run on meanwhile: see below.
+            faulthandler.register(number, file=2, all_threads=False, chain=True)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def watch_modules(self):
@@ -3261,7 +3262,14 @@ class Worker:
                 before = now
         threading.Thread(target=watch, args=(files(),), name='py-autoreload', daemon=True).start()
 
+    def dump_threads(self):
+        """The stacks of all threads if there are several: here they can't change, since that takes the GIL."""
+        if len(self.rows) > 1:
+            import faulthandler
+            faulthandler.dump_traceback(2)
+
     def tell_state(self, *_):
+        self.dump_threads()
         log(f'worker {self.number} (pid {self.pid}): '
             + (', '.join(row.request() for row in self.rows if row.numbers[STARTED] > 0) or 'idle'))
 
@@ -3269,6 +3277,7 @@ class Worker:
         """The request takes too long. With one thread it is broken off, and the worker is replaced: after an exception
         at an arbitrary place its state can't be trusted. With several, none can be broken off: what doesn't end
         within harakiri-graceful-timeout is killed by the master, with all threads."""
+        self.dump_threads()
         row, now, limit = self.rows[0], time.monotonic(), self.config.harakiri
         started, answered = row.numbers[STARTED], row.numbers[REQUESTS]
         if len(self.rows) > 1:
