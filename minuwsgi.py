@@ -815,6 +815,7 @@ class Log(io.FileIO):
     """A descriptor for lines, which holds nobody for longer than a second in ten. Lies under sys.stdout and
     sys.stderr too: an application that prints should neither wait for the log nor fail with it."""
 
+    __slots__ = 'fd', 'path', 'looked', 'lost', 'put', 'behind'
     opened, date = [], ''               # of all: themselves; the option log-date, a format of strftime(), or nothing
     impatient_until = 0.0               # of all too: one that is stuck is enough
 
@@ -948,6 +949,7 @@ class RequestLog:
         self.total = total                              # of all workers, in shared memory
         self.worker, self.core = worker, core           # their numbers
         self.all, self.format = not config.disable_logging, config.log_format
+        self.forwarded = config.log_x_forwarded_for
         self.next_second, self.date = 0.0, ''
         self.start, self.end = f'[pid: {os.getpid()}|app: 0|req: ', f'(1 switches on core {core})\n'
 
@@ -962,7 +964,7 @@ class RequestLog:
             sent, head, headers = response.size, len(response.head), response.headers
         if not (self.all or self.is_wanted(status, sent, took * 1000)):
             return
-        address = self.config.log_x_forwarded_for and get('HTTP_X_FORWARDED_FOR') or get('REMOTE_ADDR', '')
+        address = self.forwarded and get('HTTP_X_FORWARDED_FOR') or get('REMOTE_ADDR', '')
         if self.format:
             line = self.formatted(environ, took, {
                 'wreq': requests, 'addr': address, 'status': status, 'headers': headers, 'hsize': head, 'rsize': sent,
@@ -1312,20 +1314,22 @@ class Expected:
 
     After REQUEST_METHOD=GET, SERVER_NAME=a, REQUEST_URI=/x the pieces are '\\16\\0REQUEST_METHOD' and
     '\\13\\0SERVER_NAME\\1\\0a\\13\\0REQUEST_URI'. If the second isn't there, SERVER_NAME may be another, or none:
-    `skipped` says which constants rest() has to take out of environ again."""
+    `missed` says which constants rest() has to take out of environ again."""
 
     def __init__(self, base):
         self.base = base                                # the environ without the web server's variables
         # start (or None) and where it ends, what gives the environ up to there, the pieces after it; for other
         # packets what gives the environ, and all pieces; how many variables. ('nothing' is never found: its size is 0.)
         self.plan = None, 4, base.copy, (), base.copy, (('nothing', 0, ''),), 0
-        self.skipped = {}                               # raw -> (variables before it, constants in it and after it)
+        self.missed = {}        # raw -> (text of its constants, their names, those of later ones, variables before it)
         self.countdown = 0
 
     def rest(self, environ, memory, text, at, raw):
         """Read the variables from at on; raw is the piece that wasn't there ('': all were). Their number."""
-        number, constants = self.skipped.get(raw, (self.plan[-1], ()))
-        for name in constants:
+        same, constants, later, number = self.missed.get(raw, ('', (), (), self.plan[-1]))
+        if same and text.startswith(same, at):          # another header follows than before: mostly it is this
+            at, number, constants = at + len(same), number + len(constants), ()
+        for name in (*constants, *later):
             environ.pop(name, None)
             if name in self.base:                       # SCRIPT_NAME is always there
                 environ[name] = self.base[name]
@@ -1333,10 +1337,12 @@ class Expected:
         while at < end:
             middle = at + 2 + memory[at]
             value = middle + 2
-            after = value + memory[middle] + (memory[middle + 1] << 8)
+            after = value + memory[middle]
+            if memory[middle + 1]:
+                after += memory[middle + 1] << 8
             raw = text[at + 1:middle]
             name = VARIABLE_NAMES.get(raw) or variable_name(raw)
-            if name[:5] == 'HTTP_' and name in environ:
+            if name in environ and name[:5] == 'HTTP_':
                 environ[name] += ('; ' if name == 'HTTP_COOKIE' else ', ') + text[value:after]
             else:
                 environ[name] = text[value:after]
@@ -1378,11 +1384,13 @@ class Expected:
                 pieces.append((text[begin:value - 2], value - 2 - begin, name))
                 begin = after
         set_scheme(template)
-        self.skipped = {}
+        self.missed = {}
         for raw, _, name in pieces:
-            self.skipped[raw] = first, [constant for i, constant in constants if i >= first]
-            first = names.index(name) + 1
-        start, end, started, later = None, 4, template, ()              # no text is equal to None
+            place = names.index(name)
+            self.missed[raw] = (raw[:-2 - len(name)], [constant for i, constant in constants if first <= i < place],
+                                [constant for i, constant in constants if i > place], first)
+            first = place + 1
+        start, end, started, rest = None, 4, template, ()               # no text is equal to None
         if 'REQUEST_URI' in found:
             before = names[:names.index('REQUEST_URI')]
             begun = {name: text[slice(*found[name])] for name in before}
@@ -1390,8 +1398,8 @@ class Expected:
                 end = found['REQUEST_URI'][0] - 2
                 start = text[4:end]
                 started = {**template, **begun}
-                later = ('', 0, 'REQUEST_URI'), *pieces[[name for _, _, name in pieces].index('REQUEST_URI') + 1:]
-        self.plan = start, end, started.copy, later, template.copy, tuple(pieces), len(found)
+                rest = ('', 0, 'REQUEST_URI'), *pieces[[name for _, _, name in pieces].index('REQUEST_URI') + 1:]
+        self.plan = start, end, started.copy, rest, template.copy, tuple(pieces), len(found)
         return True
 
 

@@ -1199,8 +1199,7 @@ class TestCodec:
         import random
         chance = random.Random(5)
         names = [*minuwsgi.CONSTANT, 'REQUEST_METHOD', 'QUERY_STRING', 'CONTENT_LENGTH', 'REQUEST_URI', 'HTTP_A',
-            'HTTP_B',
-                 'HTTP_COOKIE', 'HTTP_CONTENT_TYPE', 'PATH_INFO']
+                 'HTTP_B', 'HTTP_COOKIE', 'HTTP_CONTENT_TYPE', 'PATH_INFO']
         values = ['', 'GET', '/', 'x' * 300, 'http', 'on', '\xff\0']
         row, expected = minuwsgi.Row(), minuwsgi.Expected({'base': 'x', 'SCRIPT_NAME': ''})
         common = [(name, values[i % 6]) for i, name in enumerate(names[:14])]
@@ -1225,7 +1224,7 @@ class TestCodec:
 
 
 def read_plainly(data):
-    """What a packet means, by the plain reader; None for a bad one."""
+    """(environ, how many variables) of a packet, by the plain reader; None for a bad one."""
     try:
         pairs = minuwsgi.unpack_vars(data[4:])
     except minuwsgi.BadRequest:
@@ -1240,12 +1239,12 @@ def read_plainly(data):
     for name in minuwsgi.UNWANTED:
         environ.pop(name, None)
     minuwsgi.set_scheme(environ)
-    return environ
+    return environ, len(pairs)
 
 
 def read_by_plan(expected, memory, end):
     """As Core.serve() does it."""
-    start, start_end, started, started_pieces, new, all_pieces, _ = expected.plan
+    start, start_end, started, started_pieces, new, all_pieces, number = expected.plan
     text = memory[:end].decode('latin-1')
     simple = text[4:start_end] == start
     environ, pieces, at = (started(), started_pieces, start_end) if simple else (new(), all_pieces, 4)
@@ -1258,8 +1257,8 @@ def read_by_plan(expected, memory, end):
     else:
         raw = ''
     if raw or at != end:
-        expected.rest(environ, memory, text, at, raw)
-    return environ
+        number = expected.rest(environ, memory, text, at, raw)
+    return environ, number
 
 
 BAD_PACKETS = {
