@@ -1287,7 +1287,8 @@ def remember(known, key, value):
     return value
 
 
-VARIABLE_NAMES, STATUS_LINES, HEADER_KINDS = {}, {}, {}         # what the functions of these names have returned
+# What variable_name(), parse_line(), status_line() and header_kind() have returned.
+VARIABLE_NAMES, HEADER_LINES, STATUS_LINES, HEADER_KINDS = {}, {}, {}, {}
 
 
 def variable_name(raw):
@@ -1478,13 +1479,24 @@ def body_length(headers):
     return -1
 
 
+def parse_line(line):
+    """'Accept: x' (str) -> ('HTTP_ACCEPT', 'x')."""
+    name, colon, value = line.partition(':')
+    if not colon:
+        raise BadRequest(f'no header: {line[:100]!r}')
+    if not line.isprintable() and controls(line.encode('latin-1')):
+        raise BadRequest('a control character in the head')
+    key, value = header_key(name), value.strip(' \t')
+    if key == 'HTTP_HOST' and not HOST.issuperset(value):
+        raise BadRequest('a Host that is no name of a host')
+    return remember(HEADER_LINES, line, (key, value)) if len(line) < 256 else (key, value)
+
+
 @functools.lru_cache(100)
 def parse_fields(fields):
     """A head from ' HTTP/1.1' to the end of its last line (bytes) -> (what its lines are in the environ, may more
     requests follow on this connection, length of the body)."""
     protocol, *lines, _ = fields.decode('latin-1').split('\r\n')
-    if controls(fields) != 2 * len(lines) + 2:
-        raise BadRequest('a control character in the head')
     if protocol not in (' HTTP/1.1', ' HTTP/1.0'):
         other = protocol[:6] == ' HTTP/' and protocol[7:8] == '.' and protocol[6::2].isdecimal()
         raise BadRequest(f'the protocol {protocol.strip()!r}',
@@ -1493,10 +1505,7 @@ def parse_fields(fields):
         raise BadRequest(f'more than {FIELDS_MAX} headers', '431 Request Header Fields Too Large')
     headers = {}
     for line in lines:
-        name, colon, value = line.partition(':')
-        if not colon:
-            raise BadRequest(f'no header: {line[:100]!r}')
-        key, value = header_key(name), value.strip(' \t')
+        key, value = HEADER_LINES.get(line) or parse_line(line)         # many clients send the same line
         if key in headers:
             if key in SINGLE:
                 raise BadRequest(f'{key.replace("HTTP_", "")} is there twice')
@@ -1506,8 +1515,6 @@ def parse_fields(fields):
     new = protocol == ' HTTP/1.1'
     if new and 'HTTP_HOST' not in headers:
         raise BadRequest('no Host')
-    if not HOST.issuperset(headers.get('HTTP_HOST', '')):
-        raise BadRequest('a Host that is no name of a host')
     headers['SERVER_PROTOCOL'] = protocol[1:]
     wishes = words(headers.get('HTTP_CONNECTION', ''))
     return headers, 'close' not in wishes and (new or 'keep-alive' in wishes), body_length(headers)
@@ -2615,11 +2622,12 @@ class Row:
 class Connection:
     """A client's connection over HTTP, between and during its requests."""
 
-    __slots__ = ('fd', 'template', 'address', 'data', 'end', 'fields', 'new_environ', 'keep', 'length', 'deadline',
-                 'events', 'blocking')
+    __slots__ = ('fd', 'template', 'address', 'port', 'data', 'end', 'fields', 'new_environ', 'keep', 'length',
+                 'deadline', 'events', 'blocking')
 
     def __init__(self, fd, template, address):
-        self.fd, self.template, self.address = fd, template, address
+        self.fd, self.template = fd, template
+        self.address, self.port = (address[0], str(address[1])) if type(address) is tuple else ('', '')
         self.data, self.end = b'', -1                   # read, but not yet used; where the head ends in it
         self.fields = None                              # of the last request, see learn()
         self.deadline = None                            # a time.monotonic(), while it is parked
@@ -2628,11 +2636,9 @@ class Connection:
 
     def learn(self, fields):
         """Read a head from ' HTTP/1.1' on, and keep what it says: clients mostly send the same again."""
-        headers, self.keep, self.length = (
-            parse_fields(fields) if len(fields) < 4096 else parse_fields.__wrapped__(fields))
-        environ = {**self.template, **headers}
-        if type(self.address) is tuple:
-            environ['REMOTE_ADDR'], environ['REMOTE_PORT'] = self.address[0], str(self.address[1])
+        parse = parse_fields if self.fields is None and len(fields) < 4096 else parse_fields.__wrapped__
+        headers, self.keep, self.length = parse(fields)         # remembered is how connections begin
+        environ = {**self.template, **headers, 'REMOTE_ADDR': self.address, 'REMOTE_PORT': self.port}
         self.fields, self.new_environ = fields, environ.copy
 
     def unblock(self):

@@ -6201,6 +6201,7 @@ def judge_packet(case, raw):
     if found is None:
         assert answer.status == '400 Bad Request' and answer.text.startswith('400 Bad Request: '), 'it is bad'
         return '400 ' + answer.text[17:29]
+    found, _ = found
     length = found.get('CONTENT_LENGTH', '')
     if length and not (length.isascii() and length.isdecimal() and len(length) < 19):
         assert answer.status == '400 Bad Request' and 'Content-Length' in answer.text, 'its length is bad'
