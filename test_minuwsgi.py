@@ -4782,7 +4782,8 @@ class TestDaemon:
         wait_until(lambda: (tmp / 'log').exists() and 'ready' in (tmp / 'log').read_text(), 'ready')
         wait_until(lambda: server.ask('/' + 'x' * 500) and (tmp / 'old').exists(), 'the old log')
         assert (tmp / 'old').stat().st_size > 2000
-        wait_until(lambda: server.ask('/there') and '/there' in (tmp / 'log').read_text(), 'a line in the new log')
+        wait_until(lambda: server.ask('/there') and (tmp / 'log').exists() and '/there' in (tmp / 'log').read_text(),
+                   'a line in the new log')
 
     @pytest.mark.parametrize('signalled', [True, False])
     def test_the_log_follows_its_name(self, start, tmp, signalled):
