@@ -3309,6 +3309,11 @@ class Worker:
 
     def on_stop(self, number, _):
         """SIGTERM: everything ends, serve what waits. SIGHUP: others can serve it. SIGIO: the master has died."""
+        if number == signal.SIGIO:                      # nobody is left who would end us when it takes too long
+            import faulthandler
+            faulthandler.unregister(signal.SIGALRM)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_REAL, self.config.worker_reload_mercy)
         if self.stopping:                               # the master repeats it, to interrupt accept()
             return
         self.stopping, self.rows[0].numbers[LEAVING] = True, 2          # 2: the master sees that it was heard
@@ -3872,6 +3877,7 @@ class Master:
             for child in self.children.values():
                 if not child.foreign:
                     child.kill(number)
+                    time.sleep(0.01 * (number == signal.SIGUSR2))       # faulthandler writes words, which would mix
                 elif number == signal.SIGUSR1:          # it keeps the log that it began with: replace it
                     child.numbers[LEAVING] = 1
 
@@ -3959,7 +3965,7 @@ class Master:
                          'while idle' if ready else 'before it was ready')
         log(f'{child} died: {self.cause(code)}, {when}, peak rss {rss} MB')
         self.deaths[child.number] += 1
-        worked = ready if child.foreign else doing or child.answered()
+        worked = ready if child.foreign or child.old else doing or child.answered()
         self.failures = 0 if worked else self.failures + 1
         if code and not (self.announced or ready or any(map(self.is_ready, self.children.values()))):
             self.exit_code = EXIT_NO_APP if self.command or code < 0 else code
@@ -4001,9 +4007,10 @@ class Master:
                 child.told_at = self.now                # overdue_end() sends the signal
 
     def announce(self):
-        """Once: all workers are ready."""
+        """Once: all workers are ready, but for one that fails."""
         serving = self.serving()
-        if not self.announced and serving and all(self.is_ready(child) and not child.old for child in serving):
+        if not self.announced and serving and (len(serving) >= self.wanted or self.failures) \
+                and all(self.is_ready(child) and not child.old for child in serving):
             self.announced = True
             many = '1 worker' if len(serving) == 1 else f'{len(serving)} workers'
             log(f'ready: {many}' + (f' with {self.config.threads} threads each' if self.config.threads > 1 else ''))

@@ -3585,9 +3585,10 @@ class Load:
                 self.failures.append((began, time.monotonic(), wrong))
 
     def more(self, requests):
-        """Wait for so many more answers."""
+        """Wait for so many more answers; on a busy machine that may take long, if only they come."""
         goal = self.answered + requests
-        wait_until(lambda: self.answered >= goal or self.failures and not self.visit, f'{requests} more answers')
+        while (before := self.answered) < goal and (self.visit or not self.failures):
+            wait_until(lambda: self.answered > before or self.failures and not self.visit, 'one more answer')
 
     def end(self):
         self.running = False
@@ -3707,6 +3708,38 @@ class TestProcesses:
         wait_until(lambda: sum(alive(pid) for pid in workers) == 1, 'the end of the idle workers')
         assert held.release().body.startswith(b'done by')
         wait_until(lambda: not any(alive(pid) for pid in workers), 'the end of the last worker')
+
+    @pytest.mark.parametrize('ini', ['', 'threads = 2', 'harakiri = 100'])
+    def test_after_kill_9_of_the_master_a_worker_has_worker_reload_mercy(self, start, tmp, ini):
+        server = start(SLOW, f'worker-reload-mercy = 1\n{ini}')
+        held = Held(server, tmp)
+        (worker,) = server.workers()
+        server.kill(signal.SIGKILL)
+        server.process.wait(PATIENCE)
+        wait_until(lambda: not alive(worker), 'its end')
+        held.writer.close()
+        held.connection.close()
+
+    def test_old_workers_that_are_killed_during_a_reload_are_no_failures(self, start, tmp):
+        """And the server is ready when all are there."""
+        os.mkfifo(tmp / 'fifo')
+        server = start("import os\nif os.path.exists('again'): open('fifo').read()\n" + HELLO,
+                       'lazy-apps = true\nprocesses = 2')
+        old = server.workers()
+        (tmp / 'again').touch()
+
+        def let_go():
+            with contextlib.suppress(OSError):          # nobody waits for it
+                os.close(os.open(tmp / 'fifo', os.O_WRONLY | os.O_NONBLOCK))
+            return True
+        server.kill(signal.SIGHUP)
+        wait_until(lambda: let_go() and 'reloaded' in server.log, 'the new image')
+        for pid in old:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: server.log.count(' died: SIGKILL') == 2, 'the news')
+        (tmp / 'again').unlink()
+        wait_until(lambda: let_go() and server.log.count('ready: 2 workers') == 2, 'two new workers')
+        assert 'a new one comes' not in server.log and server.log.count('ready:') == 2
 
     def test_what_the_application_starts_inherits_nothing(self, start):
         server = start("""
@@ -4565,6 +4598,16 @@ class TestSeeing:
         server.wait_for('in slow')
         held.release()
         assert server.wait_for(r'worker 1 \(pid .*GET slow')
+
+    def test_the_stacks_of_several_workers_do_not_mix(self, start):
+        server = start(ini='processes = 4')
+        for i in range(5):
+            server.kill(signal.SIGUSR2)
+            wait_until(lambda: len(re.findall('^worker .* idle$', server.log, re.M)) > 4 * i + 3, 'their lines')
+        lines = server.log.partition('ready')[2].split('\n')[1:]
+        odd = [line for line in lines if not re.fullmatch(
+            r'|Stack \(most recent call first\):|  File "[^"]*", line \d+ in \S+|worker \d \(pid \d+\): idle', line)]
+        assert len(lines) > 60 and not odd
 
     def test_usr2_shows_all_threads_and_harms_none(self, start, tmp):
         server = start(SLOW, 'threads = 3')
