@@ -979,8 +979,9 @@ class RequestLog:
     def new_second(self, now):
         """Bring up to date what all lines of a second share, so that they call no clock; now: a time.monotonic()."""
         self.file.follow_now_and_then()
-        self.next_second = now + 1 - time.time() % 1
-        self.date = time.ctime()                        # strftime() would heed the locale
+        date = time.time()
+        self.next_second = now + 1 - date % 1
+        self.date = time.ctime(date)                    # strftime() would heed the locale
 
     def is_wanted(self, status, size, milliseconds):
         """With disable-logging, some requests are logged all the same."""
@@ -1869,9 +1870,9 @@ def refuse_line_ends(name, value):
         raise ValueError(f'a line end or NUL in the value of the header {name}: {value!r}')
 
 
-def server_headers():
-    """Date and Server; strftime() would heed the locale."""
-    utc = time.asctime(time.gmtime())
+def server_headers(now):
+    """Date and Server, for a time in Unix seconds; strftime() would heed the locale."""
+    utc = time.asctime(time.gmtime(now))
     date = f"{utc[:3]}, {utc[8:10].replace(' ', '0')} {utc[4:7]} {utc[20:]} {utc[11:19]} GMT"
     return f'Date: {date}\r\nServer: minuwsgi\r\n'.encode()
 
@@ -1945,7 +1946,8 @@ class Response:
         """What HTTP adds to a head; it can't be known before there is something to send."""
         now = time.monotonic()
         if now >= self.next_second:
-            self.next_second, self.server = now + 1 - time.time() % 1, server_headers()
+            date = time.time()                          # gmtime() alone has a clock that is some ms late
+            self.next_second, self.server = now + 1 - date % 1, server_headers(date)
         headers = self.server
         if self.own:                                    # the application has given Date or Server
             headers = b''.join(line for line in headers.splitlines(True)
@@ -2997,7 +2999,7 @@ class Core:
         if response.sent:
             response.cut('the response was begun')
             return
-        head, body = plain_answer(status, why, server_headers() if response.http else b'')
+        head, body = plain_answer(status, why, server_headers(time.time()) if response.http else b'')
         response.status, response.sent = status, True
         response.head, response.headers, response.size = head, 3, len(body)
         with contextlib.suppress(OSError):
