@@ -432,10 +432,10 @@ def fate(name, value=''):
     """(fate, reason): what becomes of a line."""
     if name in BY_NAME or name in BLOCKS or name in ENDS:
         return 'used', ''
-    for pattern, fate, reason in PATTERNS:
+    for pattern, kind, reason in PATTERNS:
         text = f'-{name}={value}' if '=' in pattern else f'-{name}-'
         if name == pattern or pattern[-1] == '*' and f'-{pattern[:-1]}' in text:
-            return fate, reason
+            return kind, reason
     return 'unknown', ''
 
 
@@ -448,7 +448,7 @@ def describe(name, value=''):
     if rest and first.rstrip(':') in BY_NAME and not nearly:
         text = f'{rest.strip()}={value}' if value else rest.strip()
         return f"there is no '=' behind the name: write {first.rstrip(':')} = {text}"
-    known = [*BY_NAME, *(pattern for pattern, fate, _ in PATTERNS if fate != 'unknown' and pattern[-1] != '*')]
+    known = [*BY_NAME, *(pattern for pattern, its_kind, _ in PATTERNS if its_kind != 'unknown' and pattern[-1] != '*')]
     similar = [one for one in known if one[:1] == first[:1]]    # the first letter is seldom wrong
     meant = (nearly or [long for long, short in zip(known, known[1:]) if short == f'-{name}']
              or difflib.get_close_matches(first, similar, 1, 0.9 if reason else 0.75)
@@ -761,7 +761,8 @@ def usage():
 # counted. O_NONBLOCK would hold for other programs that share the descriptor too.
 
 def ready_within(fd, event, seconds):
-    """Does an event come to a descriptor within so many seconds? Hang-ups and errors are events always."""
+    """Does an event come to a descriptor within so many seconds? Errors are events always, and so is the end of a
+    connection, once both sides have ended it."""
     poll = select.poll()
     poll.register(fd, event)
     return bool(poll.poll(seconds * 1000))
@@ -849,18 +850,10 @@ class Log(io.FileIO):
             self.looked += 60                           # no such line each second
             self.write(f'log: {error}\n'.encode('utf-8', 'backslashreplace'))
 
-    def follow_now_and_then(self):
-        """Half a second lies between two looks at least, so that who asks once a second has one each time."""
+    def write(self, line):
         if self.path and time.monotonic() > self.looked + 0.5:
             self.follow()
-
-    def write(self, line):
-        self.follow_now_and_then()
-        self.put_line(line)
-        return len(line)
-
-    def put_line(self, line):
-        """write() without a look at the file's name: for who has looked in this second."""
+        size = len(line)
         if self.lost:
             line = b'\nlog: %d lines were lost here: it could not be written\n' % self.lost + line
         try:
@@ -872,6 +865,7 @@ class Log(io.FileIO):
             self.lost = 0
         except OSError:
             self.lost += 1
+        return size
 
     def wait(self):
         if time.monotonic() < Log.impatient_until or not ready_within(self.fd, select.POLLOUT, 1):
@@ -974,11 +968,10 @@ class RequestLog:
                     f"{{{2 * variables} vars in {size} bytes}} [{self.date}] {get('REQUEST_METHOD', '')} "
                     f"{get('REQUEST_URI', '')} => generated {sent} bytes in {math.floor(took * 1000)} msecs "
                     f"({get('SERVER_PROTOCOL', '')} {status}) {headers} headers in {head} bytes {self.end}")
-        self.file.put_line(line.encode('latin-1', 'backslashreplace'))
+        self.file.write(line.encode('latin-1', 'backslashreplace'))
 
     def new_second(self, now):
-        """Bring up to date what all lines of a second share, so that they call no clock; now: a time.monotonic()."""
-        self.file.follow_now_and_then()
+        """Bring up to date what all lines of a second share; now: a time.monotonic()."""
         date = time.time()
         self.next_second = now + 1 - date % 1
         self.date = time.ctime(date)                    # strftime() would heed the locale
@@ -1437,8 +1430,8 @@ def header_key(name):
 
 
 def unquote(path):
-    from urllib.parse import unquote_to_bytes
-    return unquote_to_bytes(path.encode('latin-1')).decode('latin-1')
+    from urllib.parse import unquote
+    return unquote(path, 'latin-1')
 
 
 def target_path(method, target, environ):
@@ -1720,14 +1713,8 @@ def run_a_while(fd, job):
     return None
 
 
-class EmptyInput(io.RawIOBase):
-    """wsgi.input of all requests without a body: nothing to read, nothing to spoil."""
-
-    def readinto(self, into):
-        return 0
-
-    def readable(self):
-        return True
+class EmptyInput(io.BytesIO):
+    """wsgi.input of all requests without a body: one cannot close it for the next."""
 
     def close(self):
         pass
@@ -1884,9 +1871,6 @@ class Response:
     size: bytes of the body that were sent.  sent: is the head on its way?  ending: 'cut' the connection, or 'drain'
     what comes.  http: '' or the version.  Of HTTP alone: keep the connection, chunked, body (that of the request), own
     (the names of Date and Server if the application gave them, run together)."""
-
-    __slots__ = ('fd', 'timeout', 'job_timeout', 'extra', 'status', 'head', 'headers', 'length', 'left', 'size', 'sent',
-                 'head_only', 'blocking', 'ending', 'http', 'keep', 'chunked', 'body', 'own', 'server', 'next_second')
 
     def __init__(self, config):
         self.timeout, self.job_timeout = config.socket_timeout, config.http_timeout
@@ -2342,7 +2326,7 @@ def become(command, sockets, master):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # comes from a terminal to the whole group: the master decides
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    free = [fcntl.fcntl(socket, fcntl.F_DUPFD_CLOEXEC, 3 + len(sockets)) for socket in sockets]
+    free = [fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, 3 + len(sockets)) for one in sockets]
     for target, fd in enumerate(free, 3):
         os.set_blocking(fd, True)
         os.dup2(fd, target)
@@ -2430,8 +2414,7 @@ def pass_head(output, start_response):
     status = known.get('status') or ('302 Found' if 'location' in known else '200 OK')
     with contextlib.suppress(ValueError):
         status = f'{status} {HTTPStatus(int(status)).phrase}'           # it was only a number
-    not_passed = HOP_BY_HOP | {'status'}
-    start_response(status, [(name, value) for name, value in headers if name.lower() not in not_passed])
+    start_response(status, [(name, value) for name, value in headers if name.lower() != 'status'])
 
 
 def run_cgi(command, variables, body, seconds, response):
@@ -2587,9 +2570,9 @@ class Offloader:
 
 # A row of the scoreboard, one for each core, in shared memory: the last packet, then these numbers.
 # READY: 1, or from when on it counts as ready. STARTED: when its request began, later by what its client took; 0: there
-# is none; -1: its head is still coming. BUSY: seconds in all.
+# is none; -1: its head is still coming. RUNNING: seconds in all.
 # LEAVING: 1 wants a successor, 2 has heard that it must stop.
-PID, NUMBER, READY, STARTED, REQUESTS, ERRORS, BUSY, LEAVING = range(8)
+PID, NUMBER, READY, STARTED, REQUESTS, ERRORS, RUNNING, LEAVING = range(8)
 NUMBERS = PACKET_MAX + 261              # where they begin: Expected.rest() looks up to 258 bytes beyond a bad packet
 ROW_SIZE = NUMBERS + 8 * 8
 
@@ -2640,17 +2623,14 @@ class Connection:
         """Read a head from ' HTTP/1.1' on, and keep what it says: clients mostly send the same again."""
         parse = parse_fields if self.fields is None and len(fields) < 4096 else parse_fields.__wrapped__
         headers, self.keep, self.length = parse(fields)         # remembered is how connections begin
-        environ = {**self.template, **headers, 'REMOTE_ADDR': self.address, 'REMOTE_PORT': self.port}
+        environ = self.template | headers
+        environ['REMOTE_ADDR'], environ['REMOTE_PORT'] = self.address, self.port
         self.fields, self.new_environ = fields, environ.copy
+        return environ.copy() if self.keep else environ
 
     def unblock(self):
         os.set_blocking(self.fd, False)
         self.blocking = False
-
-
-def hung_up(fd):
-    """Has the client closed its connection? POLLHUP comes when both sides have ended, not when only its sending has."""
-    return ready_within(fd, 0, 0)
 
 
 def strip_script_name(environ):
@@ -2769,13 +2749,13 @@ class KeptConnections:
             self.undrained[fd] = left - 1
         return left > 0
 
-    def look_at_time(self, busy, jobs):
+    def look_at_time(self, saw_any, jobs):
         """Once a second: close those whose time is up. At a stop: leave when nothing more comes, and no job can give
         a connection back."""
         now = time.monotonic()
         if now > self.drain_until:
             self.undrained.clear()
-        if self.closing_at < math.inf and not busy:
+        if self.closing_at < math.inf and not saw_any:
             if now > self.closing_at:                   # who has begun a head may end it, and its event may yet come
                 self.close(lambda one: not one.data and not ready_within(one.fd, select.POLLIN, 0))
             if not (self.parked or self.undrained or jobs):
@@ -2815,7 +2795,7 @@ class Core:
         self.worker, self.config, self.row, self.kept = worker, worker.config, worker.rows[number], worker.kept
         self.response = Response(self.config)
         self.log = RequestLog(self.config, worker.request_log, worker.total, worker.number, number)
-        self.ready, self.busy = [], False               # events that wait() has still to look at; did it see any?
+        self.ready, self.saw_any = [], False            # events that wait() has still to look at; did it see any?
         self.buffers = [self.row.packet]                # what preadv() wants
         self.accepts = 0
         self.trusted = self.config.trust_proxy
@@ -2840,7 +2820,7 @@ class Core:
         response, application, expected = self.response, self.worker.application, self.expected
         start_response, logging, limit = response.start_response, self.worker.logging, self.worker.limit
         template, unknown, kept = self.template, {}, self.kept
-        requests, busy = int(numbers[REQUESTS]), numbers[BUSY]
+        requests, running = int(numbers[REQUESTS]), numbers[RUNNING]
         start, start_end, started_environ, started_pieces, new_environ, all_pieces, planned = expected.plan
         while True:
             try:
@@ -2857,7 +2837,7 @@ class Core:
             environ, response.http = unknown, ''
             variables = size = 0
             try:
-                if began < self.late and hung_up(fd):   # it waited behind a slow request, perhaps for too long
+                if began < self.late and ready_within(fd, 0, 0):        # it waited behind a slow one, and hung up
                     raise ClientGone(0, 'before its turn')
                 if kept and type(connection) is Connection:
                     size = connection.end + 4
@@ -2924,8 +2904,8 @@ class Core:
             if took > 0.1:                              # others have waited meanwhile: are they still there?
                 self.late = ended + 10 * took           # so long it may take until all of them had their turn
             requests += 1
-            busy += took
-            numbers[REQUESTS], numbers[BUSY] = requests, busy
+            running += took
+            numbers[REQUESTS], numbers[RUNNING] = requests, running
             if logging and (size or response.status != '499'):          # else somebody only looked whether we are there
                 self.log.add(environ, response, requests, variables or max(0, len(environ) - len(template)), size,
                              ended, took)
@@ -2978,7 +2958,7 @@ class Core:
     def failed(self, error):
         """The one place where the exceptions of a request end."""
         self.row.numbers[STARTED] = 0.0                 # harakiri must not break this off too
-        self.worker.end_child(error)
+        self.worker.guard.end_child(error)
         response, request = self.response, self.row.request()
         response.keep, status, why = False, '500 Internal Server Error', ''
         if isinstance(error, ClientGone):
@@ -3017,8 +2997,8 @@ class Core:
             done = functools.partial(self.kept.take_back, connection)
         elif response.http and connection.data:         # further requests, which nobody will read
             ending = ending or 'drain'
-        unread = body is not None and body.left
-        if ending == 'drain' or (unread and ending != 'cut'):
+        more_comes = body is not None and body.left
+        if ending == 'drain' or (more_comes and ending != 'cut'):
             try:
                 job, done = run_a_while(fd, then_drain(fd, job or ())), close_after
             except OSError:                             # it has gone
@@ -3039,7 +3019,8 @@ class Core:
         kept = self.kept
         while True:
             while self.ready:
-                fd, _ = self.ready.pop()
+                event = self.ready.pop()
+                fd = event[0]
                 connection = kept.parked.pop(fd, None)
                 if connection is None:
                     listener = kept.listeners.get(fd)
@@ -3049,27 +3030,26 @@ class Core:
                         continue
                     if self.worker.stopping and not kept.may_accept(fd):
                         continue
+                    self.saw_any = True
                     try:
                         new, address = listener.socket._accept()
                     except BlockingIOError:             # another worker was faster
                         kept.undrained.pop(fd, None)
                         continue
-                    finally:
-                        self.busy = True
                     self.accepts += 1
                     if self.accepts % 16:               # another one may wait: try without epoll_wait(), -1 us; but
-                        self.ready.insert(0, (fd, 0))   # now and then it has to tell of the kept connections
+                        self.ready.insert(0, event)     # now and then it has to tell of the kept connections
                     if listener.protocol == 'uwsgi':
                         return new, address
                     connection = Connection(new, self.templates[fd], address)
                     if not NOWAIT:
                         connection.unblock()
-                self.busy = True
+                self.saw_any = True
                 if self.read_head(connection):
                     return connection.fd, connection
             if self.worker.stopping or time.monotonic() >= kept.next_look:
-                kept.look_at_time(self.busy, self.worker.has_jobs())
-            self.busy, self.ready = False, kept.events()
+                kept.look_at_time(self.saw_any, self.worker.has_jobs())
+            self.saw_any, self.ready = False, kept.events()
 
     def read_head(self, connection):
         """Take what came. Is a head whole, or hopeless? If not, the connection is parked, or closed."""
@@ -3109,8 +3089,9 @@ class Core:
             if not (9 < line_end <= LINE_MAX and 0 <= end <= HEAD_MAX):
                 head = data[:end + 4] if end >= 0 else data
                 raise BadRequest(*hopeless(head) or (NO_FIRST_LINE,))
-            connection.learn(fields)
-        environ = connection.new_environ()
+            environ = connection.learn(fields)
+        else:
+            environ = connection.new_environ()
         parse_start(data[:start_end], environ)
         response.http = environ['SERVER_PROTOCOL']
         response.keep = connection.keep and not self.worker.stopping
@@ -3181,22 +3162,31 @@ class ForkGuard:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
         self.active = False                             # its own forks are its own business
 
+    def end_child(self, error):
+        """End what the application forked and what came back to us, instead of ending itself; error: by what."""
+        if not self.active:
+            if not isinstance(error, SystemExit):
+                log(f'a process that the application forked came back from there, and is ended: {error!r}; it should '
+                    'call os._exit(), or be made by subprocess')
+            flush_streams()
+            os._exit(1)
+
 
 class Worker:
     """A process that serves: its cores, and what they share."""
 
-    def __init__(self, config, listeners, application, rows, total, number, master):
+    def __init__(self, config, listeners, application, rows, total, number, master_pid):
         self.config, self.application, self.rows, self.total = config, application, rows, total
-        self.number, self.master = number, master       # master: its pid, or None without one
+        self.number, self.master_pid = number, master_pid       # or None without a master
         self.pid = os.getpid()
         self.listeners = {listener.socket.fileno(): listener for listener in listeners}
-        self.cores, self.dead_end = [], ForkGuard(STOP_SIGNALS, self.descriptors).dead_end
+        self.cores, self.guard = [], ForkGuard(STOP_SIGNALS, self.descriptors)
+        self.dead_end = self.guard.dead_end
         listener, *others = listeners
         self.kept = None                                # where a blocking accept() does
         if others or config.threads > 1 or listener.protocol != 'uwsgi':
             self.kept = KeptConnections(self.listeners, config, self.dead_end)
         self.stopping = False
-        self.waiting, self.may_wait = None, 0           # at a stop, without `kept`: the listener, how many wait there
         self.offloaders = [Offloader() for _ in range(max(1, config.offload_threads))]
         self.next_offloader = itertools.cycle(self.offloaders).__next__
         self.alarm_for = -1.0                           # set_alarm() is for the request after so many
@@ -3233,12 +3223,13 @@ class Worker:
             threads = [threading.Thread(target=core.serve, args=(core.wait,), daemon=True) for core in cores[1:]]
             for thread in threads:
                 thread.start()
-        if self.config.py_autoreload and self.number == 1 and self.master:
+        if self.config.py_autoreload and self.number == 1 and self.master_pid:
             self.watch_modules()
         self.tell_master(READY)
         cores[0].serve(accept)
-        if self.waiting is not None:
-            cores[0].serve(self.accept_waiting)
+        if cores[0].kept is not self.kept:              # it was told to stop in accept(): see on_stop()
+            cores[0].kept = self.kept
+            cores[0].serve(cores[0].wait)
         for thread in threads:
             thread.join()
         for offloader in self.offloaders:
@@ -3274,7 +3265,7 @@ class Worker:
                 time.sleep(self.config.py_autoreload)
                 now = files()
                 if any(before.get(name, changed) != changed for name, changed in now.items()):
-                    os.kill(self.master, signal.SIGHUP)
+                    os.kill(self.master_pid, signal.SIGHUP)
                 before = now
         threading.Thread(target=watch, args=(files(),), name='py-autoreload', daemon=True).start()
 
@@ -3321,24 +3312,18 @@ class Worker:
         if self.stopping:                               # the master repeats it, to interrupt accept()
             return
         self.stopping, self.rows[0].numbers[LEAVING] = True, 2          # 2: the master sees that it was heard
+        blocking = not self.kept
+        if blocking and number == signal.SIGTERM:
+            (listener,) = self.listeners.values()
+            with contextlib.suppress(OSError):          # there may be no descriptor left for it
+                listener.socket = listener.socket.dup()
+                # This makes it non-blocking, for all that share it: they stop too, or see must_stop().
+                self.kept = KeptConnections({listener.socket.fileno(): listener}, self.config, self.dead_end)
         if self.kept:
             self.kept.stop({signal.SIGTERM: math.inf, signal.SIGHUP: 1}.get(number, 0))
-        elif number == signal.SIGTERM:
-            (listener,) = self.listeners.values()
-            self.may_wait = listener.waiting()
-            with contextlib.suppress(OSError):          # there may be no descriptor left for it
-                self.waiting = listener.socket.dup()
-                self.waiting.setblocking(False)         # for all that share it: they stop too, or see must_stop()
-        if not self.kept or number == signal.SIGIO:     # the next master must be able to bind
+        if blocking or number == signal.SIGIO:          # the next master must be able to bind
             for fd in self.listeners:
                 os.dup2(self.dead_end, fd, inheritable=False)
-
-    def accept_waiting(self):
-        """Stands in for accept() at a stop: for those who waited then."""
-        if not self.may_wait:
-            raise OSError(errno.ENOTSOCK, 'told to stop')
-        self.may_wait -= 1
-        return self.waiting._accept()
 
     def descriptors(self):
         """Listeners and clients, which a child must let go of."""
@@ -3346,18 +3331,9 @@ class Worker:
         return [*self.listeners, *(response.fd for response in busy if hasattr(response, 'fd')),
                 *(fd for one in self.offloaders for fd in [*one.jobs]), *(self.kept.parked if self.kept else ())]
 
-    def end_child(self, error):
-        """It came back to us, instead of ending itself."""
-        if os.getpid() != self.pid:
-            if not isinstance(error, SystemExit):
-                log(f'a process that the application forked came back from its request, and is ended: {error!r}; it '
-                    'should call os._exit(), or be made by subprocess')
-            flush_streams()
-            os._exit(1)
-
     def must_stop(self, error):
         """After a failed accept(): is it because of a stop? Otherwise wait until it may go better."""
-        self.end_child(error)
+        self.guard.end_child(error)
         if self.stopping:
             return True
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
@@ -3376,15 +3352,15 @@ class Worker:
     def tell_master(self, what):
         """Set a number in the first row, and wake the master, which looks at all of them."""
         self.rows[0].numbers[what] = 1
-        if self.master:
-            os.kill(self.master, signal.SIGCHLD)
+        if self.master_pid:
+            os.kill(self.master_pid, signal.SIGCHLD)
 
     def leave(self, why):
         """Ask to be replaced; goes on serving until then."""
         if not self.rows[0].numbers[LEAVING]:
             log(f'worker {self.number} (pid {self.pid}) leaves: {why}')
             self.tell_master(LEAVING)
-            if not self.master:
+            if not self.master_pid:
                 self.on_stop(signal.SIGTERM, None)
 
     def check_limits(self):
@@ -3573,14 +3549,14 @@ NEVER = dict.fromkeys(('static_requests', 'routed_requests', 'offloaded_requests
 def state_of(rows):
     """The state of a worker; rows: one for each of its cores."""
     first = rows[0].numbers
-    requests, errors, busy = (sum(row.numbers[what] for row in rows) for what in (REQUESTS, ERRORS, BUSY))
+    requests, errors, running = (sum(row.numbers[what] for row in rows) for what in (REQUESTS, ERRORS, RUNNING))
     counts = {'requests': int(requests), 'exceptions': int(errors)}
     serving = sum(row.numbers[STARTED] > 0 for row in rows)
     vsz, rss = memory_of(int(first[PID]))
     return {'id': int(first[NUMBER]), 'pid': int(first[PID]), **counts, 'delta_requests': int(requests),
             'accepting': int(0 < first[READY] <= time.monotonic() and not first[LEAVING]),
             'status': 'busy' if serving else 'idle', 'serving': serving, 'vsz': vsz, 'rss': rss,
-            'running_time': int(busy * 1e6), 'avg_rt': int(busy * 1e6 / max(1, requests)),
+            'running_time': int(running * 1e6), 'avg_rt': int(running * 1e6 / max(1, requests)),
             'signals': 0, 'signal_queue': 0, 'tx': 0,
             'apps': [{'id': 0, 'modifier1': 0, 'mountpoint': '', 'startup_time': 0, 'chdir': '', **counts}],
             'cores': [{'id': i, 'requests': int(row.numbers[REQUESTS]), 'in_request': int(row.numbers[STARTED] > 0),
@@ -3596,7 +3572,7 @@ class Stats:
         self.sockets = {one.socket.fileno(): one.socket for one in master.owned if one.protocol == 'stats'}
         self.listening = set(self.sockets)              # the others are clients that are to ask over HTTP
 
-    def serve(self, fd):
+    def answer(self, fd):
         """Something can be read from one of our sockets."""
         try:
             if fd in self.listening:
@@ -3796,7 +3772,7 @@ class Child:
         log(f'{self} leaves: {why}')
         self.numbers[LEAVING] = 1
 
-    def kill(self, number):
+    def send(self, number):
         with contextlib.suppress(ProcessLookupError):   # the application may wait for our children: reap() will see it
             os.kill(self.pid, number)
 
@@ -3859,7 +3835,7 @@ class Master:
             self.now = time.monotonic()
             self.take_signals()
             for fd in set(woken) - {self.signals}:
-                self.stats.serve(fd)
+                self.stats.answer(fd)
 
     def take_signals(self):
         with contextlib.suppress(BlockingIOError):
@@ -3880,7 +3856,7 @@ class Master:
                 return
             for child in self.children.values():
                 if not child.foreign:
-                    child.kill(number)
+                    child.send(number)
                     time.sleep(0.01 * (number == signal.SIGUSR2))       # faulthandler writes words, which would mix
                 elif number == signal.SIGUSR1:          # it keeps the log that it began with: replace it
                     child.numbers[LEAVING] = 1
@@ -4027,7 +4003,7 @@ class Master:
         if why:
             log(f'{child} is killed: {why}' + child.doing(', at '))
             child.killed, child.told_at = True, min(child.told_at, self.now)
-            child.kill(signal.SIGKILL)
+            child.send(signal.SIGKILL)
 
     def overdue_end(self, child):
         """Tell a worker to stop, if it has to. Why it must be killed, else ''."""
@@ -4036,7 +4012,7 @@ class Master:
             return ''
         if child.told_at == self.now or child.foreign != 'unknown':
             drain = self.stopping or child.foreign or child.old and self.dropped
-            child.kill(signal.SIGTERM if drain else signal.SIGHUP)
+            child.send(signal.SIGTERM if drain else signal.SIGHUP)
             self.wake_at(self.now + 0.1)                # again and again: it may come just before an accept(); but an
                                                         # unknown program may take the second for "at once"
         heard = child.foreign or child.busy() or child.numbers[LEAVING] == 2
@@ -4052,7 +4028,7 @@ class Master:
         if not (config.harakiri and self.due(began + config.harakiri)):
             return ''                                   # idle: look again when a request from now on would be
         if began != child.alarm[0]:                     # once; then it has harakiri-graceful-timeout
-            child.kill(signal.SIGALRM)
+            child.send(signal.SIGALRM)
             child.alarm = began, self.now
             self.harakiris[child.number] += 1
         return f'harakiri = {config.harakiri}' if self.due(child.alarm[1] + config.harakiri_graceful_timeout) else ''
@@ -4416,16 +4392,6 @@ class Pidfile:
             raise ConfigError(f"pidfile = {address}: can't write it: {error.strerror}") from None
 
 
-def known_as(name):
-    """The names of a socket that an option may mean: [::]:80 is 0.0.0.0:80 too to the kernel, if not told otherwise."""
-    port = name.removeprefix('0.0.0.0').removeprefix('[::]')
-    with contextlib.suppress(ConfigError, OSError, ValueError):         # acquire() will tell
-        kind, where = parse_address(name)
-        if kind == 'tcp':
-            name = name_of(resolve(*where)[-1])
-    return name, os.path.abspath(name), '0.0.0.0' + port, '[::]' + port
-
-
 def activated():
     """{name: descriptor} of the sockets that systemd has bound for us, see sd_listen_fds(3)."""
     found, pid, many = {}, os.environ.pop('LISTEN_PID', ''), os.environ.pop('LISTEN_FDS', '0')
@@ -4436,8 +4402,14 @@ def activated():
 
 
 def known_in(there, name):
-    """The key of `there` (names of the kernel) that a name in an option means, or None."""
-    return next((one for one in known_as(name) if one in there), None) if there else None
+    """The key of `there` (names of the kernel) that a name in an option means, or None. [::]:80 is 0.0.0.0:80 too to
+    the kernel, if not told otherwise."""
+    with contextlib.suppress(ConfigError, OSError, ValueError):         # acquire() will tell
+        kind, where = parse_address(name) if there else ('fd', 0)
+        if kind != 'fd':
+            name = name_of(where if kind == 'unix' else resolve(*where)[-1])
+    names = name, name.replace('[::]', '0.0.0.0'), name.replace('0.0.0.0', '[::]')
+    return next((one for one in names if one in there), None)
 
 
 def acquire(config, owned, address, protocol, inode, fd):
@@ -4474,8 +4446,8 @@ def bind(config, owned):
     config.socket_owner = socket_owner(config)          # a mistake in it is told before anything is bound
     wanted = {name: given.pop(known_in(given, name[0]), None) for name in names}
     wanted.update({(f'fd://{fd}', config.protocol): fd for fd in given.values() if f'fd://{fd}' not in dict(names)})
-    unwanted = [one for one in owned if (one.address, one.protocol) not in wanted]
-    before = {(one.address, one.protocol): one for one in owned if one not in unwanted}
+    before = {(one.address, one.protocol): one for one in owned}
+    unwanted = [one for name, one in before.items() if name not in wanted]
     spare = {one.name: (one.inode, one.socket.fileno()) for one in unwanted}
     for name, fd in wanted.items():
         if name not in before:                          # what is spare may go on with another name or protocol
@@ -4647,9 +4619,7 @@ def start_and_run(config, start, owned):
             if not reloaded:
                 raise                                   # else run() finds the signal in the pipe, and stops all
         code = EXIT_NO_APP if application is None else 0
-        if not guard.active:
-            log('a process that the application forked came back from the import, and is ended')
-            os._exit(1)
+        guard.end_child('the import is over')
     if code and not reloaded:
         return code
     dropped = not code and disown(owned, unwanted)
@@ -4664,7 +4634,7 @@ def start_and_run(config, start, owned):
     return 0
 
 
-def serve(config, start):
+def run_server(config, start):
     """The server, until it is told to stop. Its exit code."""
     owned, code = [], 0
     try:
@@ -4717,7 +4687,7 @@ def configure_and_serve(arguments):
         log(warning)
     if config.errors and RELOADED not in os.environ:    # there are workers to be kept
         raise ConfigError('\n'.join(config.errors))
-    return serve(config, start)
+    return run_server(config, start)
 
 
 def main(arguments):

@@ -3868,7 +3868,7 @@ class TestForks:
     def test_one_that_comes_back_from_the_import_removes_nothing(self, start, end):
         server = start(f'import os, sys\nif not os.fork(): {end}\nelse: os.wait()\n' + HELLO, 'vacuum = true')
         assert server.ask().body == b'hello\n'
-        assert 'came back from the import' in server.log and server.log.count('ready') == 1
+        assert 'the import is over' in server.log and server.log.count('ready') == 1
         server.tracebacks_expected = True
 
     def test_one_that_is_interrupted_removes_nothing(self, start, tmp):
