@@ -1281,8 +1281,8 @@ def remember(known, key, value):
     return value
 
 
-# What variable_name(), parse_line(), status_line() and header_kind() have returned.
-VARIABLE_NAMES, HEADER_LINES, STATUS_LINES, HEADER_KINDS = {}, {}, {}, {}
+# What variable_name(), parse_line(), status_line() and header_start() have returned.
+VARIABLE_NAMES, HEADER_LINES, STATUS_LINES, HEADER_STARTS = {}, {}, {}, {}
 
 
 def variable_name(raw):
@@ -1831,30 +1831,37 @@ HOP_BY_HOP = frozenset(('connection', 'keep-alive', 'proxy-authenticate', 'proxy
                         'trailers', 'transfer-encoding', 'upgrade'))
 
 
+def text_of(what, value):
+    """A str from the application, or the one that an object of a subclass (an Enum's) holds."""
+    if not isinstance(value, str):
+        raise TypeError(f'{what} must be a str, not {type(value).__name__}')
+    return str.__str__(value)
+
+
 def status_line(status):
     """'404 Not Found' -> its line, and whether such a response has no body."""
-    if type(status) is not str:
-        raise TypeError(f'the status must be a str, not {type(status).__name__}')
-    if not (status[:3].isascii() and status[:3].isdecimal() and status[3:4] in ('', ' ') and status.isprintable()):
-        raise ValueError(f"{status!r} is no status such as '200 OK'")
-    return remember(STATUS_LINES, status, (
-        f'HTTP/1.1 {status}\r\n', status[:3] in ('204', '304') or status[0] == '1'))
+    text = text_of('the status', status)
+    if not (text[:3].isascii() and text[:3].isdecimal() and text[3:4] in ('', ' ') and text.isprintable()):
+        raise ValueError(f"{text!r} is no status such as '200 OK'")
+    return remember(STATUS_LINES, status, (f'HTTP/1.1 {text}\r\n', text[:3] in ('204', '304') or text[0] == '1'))
 
 
-def header_kind(name):
-    """Check the name of a response header; its lower case if it is a special one, else 'other'."""
-    if type(name) is not str:
-        raise TypeError(f'the name of a header must be a str, not {type(name).__name__}')
-    if not name or not TOKEN.issuperset(name):
-        raise ValueError(f'{name!r} is no name of a header')
-    kind = name.lower()
-    return remember(HEADER_KINDS, name,
-                    kind if kind in HOP_BY_HOP or kind in ('content-length', 'date', 'server') else 'other')
+def header_start(name):
+    """Check the name of a response header -> ('Name: ', its lower case if it is a special one, else 'other')."""
+    text = text_of('the name of a header', name)
+    if not text or not TOKEN.issuperset(text):
+        raise ValueError(f'{text!r} is no name of a header')
+    kind = text.lower()
+    return remember(HEADER_STARTS, name, (
+        f'{text}: ', kind if kind in HOP_BY_HOP or kind in ('content-length', 'date', 'server') else 'other'))
 
 
-def refuse_line_ends(name, value):
-    if '\n' in value or '\r' in value or '\0' in value:
-        raise ValueError(f'a line end or NUL in the value of the header {name}: {value!r}')
+def header_value(name, value):
+    """Check the value of a response header."""
+    text = text_of(f'the value of {name}', value)
+    if '\n' in text or '\r' in text or '\0' in text:
+        raise ValueError(f'a line end or NUL in the value of the header {name}: {text!r}')
+    return text
 
 
 def server_headers(now):
@@ -1891,15 +1898,12 @@ class Response:
                     raise exc_info[1].with_traceback(exc_info[2])
                 finally:
                     exc_info = None
-        head, no_body = type(status) is str and STATUS_LINES.get(status) or status_line(status)
+        head, no_body = STATUS_LINES.get(status) or status_line(status)
         length, own = None, ''
         for name, value in headers:
-            kind = type(name) is str and HEADER_KINDS.get(name) or header_kind(name)
-            try:
-                if not value.isprintable():
-                    refuse_line_ends(name, value)
-            except AttributeError:
-                raise TypeError(f'the value of {name} must be a str, not {type(value).__name__}') from None
+            start, kind = HEADER_STARTS.get(name) or header_start(name)
+            if type(value) is not str or not value.isprintable():
+                value = header_value(name, value)
             if kind != 'other':
                 if kind == 'content-length':
                     if not value.isdecimal():
@@ -1910,7 +1914,7 @@ class Response:
                     continue
                 else:
                     own += kind
-            head = f'{head}{name}: {value}\r\n'
+            head = f'{head}{start}{value}\r\n'
         self.head, self.headers, self.own = head.encode('latin-1'), len(headers), own
         self.length = self.left = length
         if no_body or self.head_only:

@@ -2216,7 +2216,7 @@ def test_h11_reads_all_that_we_send(echo):
 # 6. WSGI
 
 APPS = '''
-import io, os, sys, threading
+import enum, io, os, sys, threading
 def application(environ, start_response):
     return globals()[environ['PATH_INFO'].strip('/')](environ, start_response)
 
@@ -2296,6 +2296,10 @@ def exits(e, s):
     sys.exit(3)
 def bad_head(e, s):
     status, headers = eval(e['QUERY_STRING']); s(status, headers); return [b'x']
+class Head(str, enum.Enum):
+    NAME = 'X-Name'; VALUE = 'value'; STATUS = '404 Not Found'
+def enum_head(e, s):
+    s(Head.STATUS, [(Head.NAME, Head.VALUE)]); return [b'x']
 def status(e, s):
     s(e['QUERY_STRING'].replace('+', ' '), [('Content-Length', '4')]); return [b'body']
 
@@ -2566,11 +2570,11 @@ class TestWSGI:
         answer = apps.ask('bad_head', QUERY_STRING=ascii((status, headers)))
         assert answer.status == '500 Internal Server Error' and answer.header('Y') is None
 
-    def test_a_subclass_of_str_is_refused_though_an_equal_str_was_there(self, apps):
-        apps.tracebacks_expected = True
-        assert apps.ask('bad_head', QUERY_STRING="'200 OK', [('X', 'b')]").status == '200 OK'
-        for head in "type('S', (str,), {})('200 OK'), []", "'200 OK', [(type('S', (str,), {})('X'), 'b')]":
-            assert apps.ask('bad_head', QUERY_STRING=head).status[:3] == '500'
+    def test_what_the_members_of_an_enum_hold_is_sent(self, apps):
+        """On Python 3.12 str() and format() give their names instead."""
+        for _ in 'new', 'known':
+            answer = apps.ask('enum_head')
+            assert answer.status == '404 Not Found' and answer.header('X-Name') == 'value'
 
     def test_a_number_for_the_content_length_is_refused_in_words(self, apps):
         apps.tracebacks_expected = True
