@@ -42,7 +42,7 @@ there is a Master, a stop is an exception (Stopped). A worker that is told to st
 request; a pipe that nobody writes to, in the place of its listener or beside it (KeptConnections.stop), ends
 accept() or wait(); who is in the queue by then is served too if all end. For a reload a child tries the new code
 (try_reload); then the master executes itself anew (after_proof), inherits sockets and old workers
-(inherited_state), and replaces the workers.
+(start_and_run), and replaces the workers.
 
 Who owns what. The master: sockets and their files, the pidfile, the workers' lifelines. A worker: the
 connection it accepted, until it closes it or gives it to an Offloader, which calls done() (see let_go) at
@@ -1141,7 +1141,10 @@ class Listener:
         except (OSError, ValueError) as error:
             hint = '; ss -ltnp tells by whom' if getattr(error, 'errno', 0) == errno.EADDRINUSE else ''
             raise ConfigError(f"can't bind {address}: {getattr(error, 'strerror', None) or error}{hint}") from None
-        self.find_name()
+        where = self.socket.getsockname()               # for the log and the environ it is what the kernel says
+        self.name, self.host, self.port = name_of(where), 'localhost', '80'
+        if type(where) is tuple:
+            self.host, self.port = self.name.rsplit(':', 1)
 
     def bind_unix(self, path, config):
         self.socket = socket.socket(socket.AF_UNIX)
@@ -1172,17 +1175,6 @@ class Listener:
         if self.protocol == 'uwsgi' and hasattr(socket, 'TCP_DEFER_ACCEPT'):    # its bytes are there then
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 4)
         self.socket.bind(where)
-
-    def find_name(self):
-        """Its name for the log and the environ, as the kernel knows it."""
-        where = self.socket.getsockname()
-        self.name, self.host, self.port = name_of(where), 'localhost', '80'
-        if type(where) is not tuple:
-            return
-        self.host, self.port = self.name.rsplit(':', 1)
-        if self.protocol == 'uwsgi' and not f'{where[0]}.'.startswith(('127.', '::1.')):
-            log(f'warning: {self.name} believes whoever reaches it, as the uwsgi protocol has it (REMOTE_ADDR, '
-                'REMOTE_USER …): let a firewall admit the web server alone, or bind 127.0.0.1 or a path')
 
     def queue(self):
         """(connections that wait, how many may), see tcp(7) on TCP_INFO, sock_diag(7); zeros where nobody knows."""
@@ -3547,9 +3539,6 @@ def look_before_fork():
 # master answers who asks (so it does even when all workers are busy), and each worker answers its
 # application. Both have uWSGI's names, for tools that know it. No variables of requests are in it.
 
-NEVER = dict.fromkeys(('static_requests', 'routed_requests', 'offloaded_requests', 'write_errors', 'read_errors'), 0)
-
-
 def state_of(rows):
     """The state of a worker; rows: one for each of its cores."""
     first = rows[0].numbers
@@ -3564,7 +3553,8 @@ def state_of(rows):
             'signals': 0, 'signal_queue': 0, 'tx': 0,
             'apps': [{'id': 0, 'modifier1': 0, 'mountpoint': '', 'startup_time': 0, 'chdir': '', **counts}],
             'cores': [{'id': i, 'requests': int(row.numbers[REQUESTS]), 'in_request': int(row.numbers[STARTED] > 0),
-                       'vars': [], 'req_info': {}, **NEVER} for i, row in enumerate(rows)]}
+                       'static_requests': 0, 'routed_requests': 0, 'offloaded_requests': 0, 'write_errors': 0,
+                       'read_errors': 0, 'vars': [], 'req_info': {}} for i, row in enumerate(rows)]}
 
 
 class Stats:
@@ -3743,9 +3733,6 @@ def finish_process(mercy, code):
     return code
 
 
-SETTLED = 1.0                           # seconds after which a program of another language counts as ready
-
-
 class Child:
     """A worker as the master sees it: born, ready; marked if it needs a successor, and serving on until that is ready;
     told to stop again and again until it hears; ended, or killed. An old one, from before a reload, counts as ready and
@@ -3764,7 +3751,7 @@ class Child:
         if self.old:
             self.numbers[READY], self.numbers[LEAVING] = 1, 2
         elif foreign:
-            self.numbers[READY] = born + SETTLED
+            self.numbers[READY] = born + 1              # a second later, as it can't tell
 
     def __str__(self):
         return f'worker {self.number} (pid {self.pid})'
@@ -3815,12 +3802,10 @@ class Master:
         self.failures, self.not_before = 0, 0.0         # deaths in a row, and the end of the back-off
         self.exit_code, self.oom_kills = 0, oom_kills()
         self.spawned, self.deaths, self.harakiris = [collections.Counter() for _ in range(3)]   # by worker's number
-        self.cheap = 0 < config.cheaper < config.processes
-        self.wanted = config.processes                  # how many workers there should be now
-        if self.cheap:
-            self.wanted = min(max(config.cheaper, config.cheaper_initial, len(workers)), config.processes)
+        self.fewest = config.cheaper if 0 < config.cheaper < config.processes else config.processes
+        self.wanted = min(max(self.fewest, config.cheaper_initial, len(workers)), config.processes)     # at the moment
         self.calm, self.last_busy, self.last_answered = 0, self.now, 0
-        looks = touched or self.cheap or config.log_maxsize or config.idle \
+        looks = touched or self.fewest < config.processes or config.log_maxsize or config.idle \
             or self.command and config.reload_on_rss or 'WATCHDOG_USEC' in start.environment
         self.next_look = 0.0 if looks else math.inf
 
@@ -4052,7 +4037,7 @@ class Master:
             if rss >= config.reload_on_rss and not child.is_marked():
                 child.mark(f'reload-on-rss, it has {rss} MB')
         ready = [child for child in self.serving() if self.is_ready(child)]
-        if self.cheap and len(ready) >= self.wanted:
+        if self.fewest < config.processes and len(ready) >= self.wanted:
             self.scale(sum(len(child.busy()) == config.threads for child in ready), len(ready))
         answered = sum(child.answered() for child in ready)
         if answered != self.last_answered or any(child.busy() for child in ready):
@@ -4072,7 +4057,7 @@ class Master:
         elif busy + 1 < there:
             self.calm += 1
             if self.calm > 2 * config.cheaper_overload:
-                self.calm, self.wanted = 0, max(config.cheaper, self.wanted - 1)
+                self.calm, self.wanted = 0, max(self.fewest, self.wanted - 1)
         if self.wanted != before:
             log(f'cheaper: {busy} of {there} workers are busy, {waiting} connections wait: {self.wanted} workers')
 
@@ -4180,7 +4165,7 @@ class Master:
             self.proof = None
 
     def after_proof(self, code):
-        """Then the same process with new code. It inherits what we own and our children, see inherited_state()."""
+        """Then the same process with new code. It inherits what we own and our children, see start_and_run()."""
         self.proof = None
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)       # until the new image has its handlers
         self.take_signals()                             # what came before would be lost
@@ -4251,14 +4236,9 @@ class Start:
     def __init__(self, arguments):
         self.environment = {name: value for name, value in os.environ.items() if name != RELOADED}
         script, module = os.path.abspath(sys.argv[0]), sys.modules['__main__'].__spec__
-        before = getattr(sys, 'orig_argv', sys.argv)[:1 - len(sys.argv) or None][1:]    # Python 3.10
-        if before:                                      # at the end the script, or -m NAME, -mNAME, -umNAME
-            option = before.pop()
-            if module:
-                option = option.removesuffix(module.name) or before.pop()
-                before += [option[:-1]] if len(option) > 2 else []
         self.program = ['-m', module.name] if module else [script]
-        self.command = [sys.executable, *before, *self.program, *arguments]
+        known = ['', *self.program, *arguments]         # Python 3.9 knows no more
+        self.command = [sys.executable, *getattr(sys, 'orig_argv', known)[1:]]
         if os.path.dirname(script) != os.getcwd():      # another Python may find no module of that name
             self.program = [script]
         self.directory, self.path = os.open('.', os.O_RDONLY), os.getcwd()
@@ -4357,7 +4337,7 @@ def prepare(config):
 
 
 def enter_python(config, start):
-    """Go on as the Python of `virtualenv`, unless this is it."""
+    """Go on as the Python of `virtualenv`, unless this is it. What is wrong is added to config.errors."""
     directory = os.path.abspath(os.path.join(config.chdir or '', config.virtualenv or sys.prefix))
     tried = os.environ.pop('MINUWSGI_VIRTUALENV', None) == directory
     if os.path.realpath(sys.prefix) == os.path.realpath(directory):
@@ -4368,8 +4348,8 @@ def enter_python(config, start):
             os.execve(python, [python, *start.program, *sys.argv[1:]], {**os.environ, 'MINUWSGI_VIRTUALENV': directory})
     except OSError as error:
         why = f"can't run its bin/python, {error.strerror}"
-    raise ConfigError(f"{config.where(config.virtualenv, 'virtualenv')}virtualenv = {directory}: {why}; make one with: "
-                      f'python3 -m venv {directory}')
+    config.errors.append(f"{config.where(config.virtualenv, 'virtualenv')}virtualenv = {directory}: {why}; make one "
+                         f'with: python3 -m venv {directory}')
 
 
 NO_SOCKET = 'no socket is named: set socket = PATH or http-socket = :8000'
@@ -4396,27 +4376,19 @@ class Pidfile:
             raise ConfigError(f"pidfile = {address}: can't write it: {error.strerror}") from None
 
 
-def activated():
-    """{name: descriptor} of the sockets that systemd has bound for us, see sd_listen_fds(3)."""
-    found, pid, many = {}, os.environ.pop('LISTEN_PID', ''), os.environ.pop('LISTEN_FDS', '0')
-    for fd in range(3, 3 + int(many)) if pid == str(os.getpid()) else ():
-        with socket.socket(fileno=os.dup(fd)) as listener:
-            found[name_of(listener.getsockname())] = fd
-    return found
-
-
-def known_in(there, name):
-    """The key of `there` (names of the kernel) that a name in an option means, or None. [::]:80 is 0.0.0.0:80 too to
-    the kernel, if not told otherwise."""
+def known_in(there, address, protocol):
+    """The one of `there` that an address in an option means, or None. [::]:80 is 0.0.0.0:80 too to the kernel, if not
+    told otherwise."""
+    name = address
     with contextlib.suppress(ConfigError, OSError, ValueError):         # acquire() will tell
-        kind, where = parse_address(name) if there else ('fd', 0)
-        if kind != 'fd':
-            name = name_of(where if kind == 'unix' else resolve(*where)[-1])
+        kind, where = parse_address(address)
+        name = f'fd://{where}' if kind == 'fd' else name_of(where if kind == 'unix' else resolve(*where)[-1])
     names = name, name.replace('[::]', '0.0.0.0'), name.replace('0.0.0.0', '[::]')
-    return next((one for one in names if one in there), None)
+    return next((one for one in there if 'pidfile' not in (protocol, one.protocol)
+                 and (one.name in names or f'fd://{one.socket.fileno()}' == name)), None)
 
 
-def acquire(config, owned, address, protocol, inode, fd):
+def acquire(config, owned, address, protocol, inode=None, fd=None):
     """Bind an address, or create the pidfile; or, with a descriptor, go on with what is there already."""
     with config.errors_at(address):
         owned.append((Pidfile if protocol == 'pidfile' else Listener)(config, address, protocol, inode, fd))
@@ -4435,56 +4407,51 @@ def addresses(config):
 
 def is_lost(one):
     """Has somebody removed the file of a socket? (A pidfile holds by its lock.)"""
-    if not one.inode or one.protocol == 'pidfile':
-        return False
     try:
-        os.lstat(one.name)
+        if one.inode and one.protocol != 'pidfile':
+            os.lstat(one.name)
     except OSError as error:
         return error.errno == errno.ENOENT              # else it may be there, where we have no right to look any more
-    return False
 
 
 def bind(config, owned):
-    """Own what the options name, listeners and the pidfile. What they name no more, for disown()."""
-    names, given = addresses(config), activated()
+    """Own what the options name, listeners and the pidfile. What they name no more."""
+    names = addresses(config)
     config.socket_owner = socket_owner(config)          # a mistake in it is told before anything is bound
-    wanted = {name: given.pop(known_in(given, name[0]), None) for name in names}
-    wanted.update({(f'fd://{fd}', config.protocol): fd for fd in given.values() if f'fd://{fd}' not in dict(names)})
-    before = {(one.address, one.protocol): one for one in owned}
-    unwanted = [one for name, one in before.items() if name not in wanted]
-    spare = {one.name: (one.inode, one.socket.fileno()) for one in unwanted}
-    for name, fd in wanted.items():
-        if name not in before:                          # what is spare may go on with another name or protocol
-            again = known_in(spare, name[0]) if fd is None else None
-            acquire(config, owned, *name, *spare.get(again, (None, fd)))
+    pid, many = os.environ.pop('LISTEN_PID', ''), os.environ.pop('LISTEN_FDS', '0')
+    given = range(3, 3 + int(many)) if pid == str(os.getpid()) else ()          # by systemd, see sd_listen_fds(3)
+    for fd in set(given).difference(one.socket.fileno() for one in owned):
+        acquire(config, owned, f'fd://{fd}', None, fd=fd)
+    before = {(one.address, one.protocol): one for one in owned if (one.address, one.protocol) in names}
+    unwanted = [one for one in owned if one not in before.values()]     # of two with one name the first is a lost one
+    for name in names:
+        again = known_in(unwanted, *name) if unwanted and name not in before else None
+        if again:                                       # it goes on with another name or protocol
+            unwanted.remove(again)
+            again.address, again.protocol = name
+        elif name not in before:
+            acquire(config, owned, *name)
         elif is_lost(before[name]):
             try:
-                acquire(config, owned, *name, None, None)
+                acquire(config, owned, *name)
                 unwanted.append(before[name])
             except ConfigError as error:
                 log(f'warning: the file of the socket was removed, and {error}')
+    for one in [one for one in unwanted if one.socket.fileno() in given]:       # systemd wants it, whatever its name
+        unwanted.remove(one)
+        one.address, one.protocol = f'fd://{one.socket.fileno()}', config.protocol
     ours = [one for one in owned if one not in unwanted]
     if not any(one.protocol in ('uwsgi', 'http') for one in ours):
         raise ConfigError(NO_SOCKET)
+    for one in ours:
+        if one.protocol == 'uwsgi' and not one.host.startswith(('localhost', '127.', '[::1]')):
+            log(f'warning: {one.name} believes whoever reaches it, as the uwsgi protocol has it (REMOTE_ADDR, '
+                'REMOTE_USER …): let a firewall admit the web server alone, or bind 127.0.0.1 or a path')
     log('listening on ' + ', '.join(f'{one.name} ({one.protocol})' for one in ours if one.protocol != 'pidfile'))
     if config.listen > LISTEN_MAX:
         log(f'listen = {config.listen}: the kernel allows {LISTEN_MAX}; '
             f'for more: sysctl net.core.somaxconn={config.listen}')
     return unwanted
-
-
-def disown(owned, unwanted):
-    """Not before the new code is loaded: the old workers may have to serve on. Do only they listen somewhere now?"""
-    kept = {one.socket.fileno() for one in owned if one not in unwanted}
-    dropped = any(one.protocol in ('uwsgi', 'http') and one.socket.fileno() not in kept for one in unwanted)
-    for one in unwanted:
-        owned.remove(one)                               # first: ForkGuard asks for the descriptors of all that is there
-        if one.socket.fileno() in kept:                 # it has another name or protocol now
-            one.socket.detach()
-        else:
-            vacuum(one)
-        one.socket.close()
-    return dropped
 
 
 def drop_privileges(config):
@@ -4496,13 +4463,12 @@ def drop_privileges(config):
     if uid in (-1, os.getuid()) and gid in (-1, os.getgid()):
         return
     __import__('traceback')                             # for log_exception(): later it may not be ours to read
-    try:
+    name = None
+    with contextlib.suppress(KeyError, OverflowError):
         user = pwd.getpwuid(max(0, uid))                # without a uid: only root can do this
         name, gid = user.pw_name, user.pw_gid if gid < 0 else gid
-    except (KeyError, OverflowError):
-        if gid < 0:
-            raise ConfigError(f'uid = {config.uid}: nothing is known of this user, so set gid too') from None
-        name = None
+    if gid < 0:
+        raise ConfigError(f'uid = {config.uid}: nothing is known of this user, so set gid too')
     try:
         os.setgid(gid)
         os.initgroups(name, gid) if name else os.setgroups([])
@@ -4541,18 +4507,6 @@ def check(config):
     return finish_process(1, EXIT_CONFIG if errors else 0 if loaded else EXIT_NO_APP)
 
 
-def inherited_state():
-    """(were we reloaded, what the image before owned, its workers), see Master.after_proof()."""
-    text = os.environ.pop(RELOADED, None)
-    if text is None:
-        return False, [], []
-    import json
-    owned, workers = json.loads(text)
-    for *_, fd in owned + workers:                      # at once, before the application can start anything
-        os.set_inheritable(fd, False)
-    return True, owned, workers
-
-
 def open_logs(config, start, reloaded):
     """Go to the background, open the logs, say who we are."""
     for name in 'NOTIFY_SOCKET', 'WATCHDOG_USEC':       # not for the application, and what it starts
@@ -4582,7 +4536,7 @@ def open_logs(config, start, reloaded):
 
 
 def set_up(config, start, owned, inherited):
-    """What may need root's rights, up to giving them up. What isn't named any more, for disown()."""
+    """What may need root's rights, up to giving them up. What isn't named any more."""
     for one in inherited:                               # first what must not get lost, whatever fails
         acquire(config, owned, *one)
     if config.errors:
@@ -4598,7 +4552,12 @@ def set_up(config, start, owned, inherited):
 
 def start_and_run(config, start, owned):
     """The steps of a start in their order; `owned` gathers what has to be removed at the end. The exit code."""
-    reloaded, inherited, workers = inherited_state()
+    reloaded, inherited, workers = RELOADED in os.environ, [], []
+    if reloaded:                                        # what the image before owned, see Master.after_proof()
+        import json
+        inherited, workers = json.loads(os.environ.pop(RELOADED))
+    for *_, fd in inherited + workers:                  # at once, before the application can start anything
+        os.set_inheritable(fd, False)
     open_logs(config, start, reloaded)
     signals, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     catch_signals(wake, starting=not reloaded)          # after a reload there are workers to be stopped in order
@@ -4609,10 +4568,8 @@ def start_and_run(config, start, owned):
         unwanted, code = set_up(config, start, owned, inherited), 0
     except ConfigError as error:
         log(f'minuwsgi: {error}')
-    except Exception:
-        if not reloaded:
-            raise
-        log_exception('minuwsgi: the start failed')     # there are workers to be kept
+    except Exception:                                   # there may be workers to be kept
+        log_exception('minuwsgi: the start failed')
     touched = {name: mtime(name) for name in config.touch_reload + config.touch_chain_reload}   # before we load
     if not (code or lazy):
         try:
@@ -4626,7 +4583,11 @@ def start_and_run(config, start, owned):
         guard.end_child('the import is over')
     if code and not reloaded:
         return code
-    dropped = not code and disown(owned, unwanted)
+    for one in unwanted if not code else ():            # not before: the old workers might have had to serve on
+        owned.remove(one)                               # first: ForkGuard asks for the descriptors of all that is there
+        vacuum(one)
+        one.socket.close()
+    dropped = not code and any(one.protocol in ('uwsgi', 'http') for one in unwanted)
     catch_signals(wake)
     master = Master(config, owned, application, start, guard, signals, uwsgi, workers, touched, dropped)
     if code:
@@ -4675,25 +4636,6 @@ def send_signal(what, name='PIDFILE'):
     raise ConfigError(f'{what} {name}: the server with the pid {pid} does not run any more')
 
 
-def configure_and_serve(arguments):
-    start, config = Start(arguments), Config(arguments)
-    if config.show_config and config.setters[BY_NAME['show-config']].where == COMMAND_LINE:
-        return show_config(config)
-    try:
-        enter_python(config, start)
-    except ConfigError as error:
-        config.errors.append(str(error))
-    if config.check:
-        return check(config)
-    if config.show_config:                              # in the file, as with uWSGI: the start goes on
-        show_config(config)
-    for warning in config.warnings:
-        log(warning)
-    if config.errors and RELOADED not in os.environ:    # there are workers to be kept
-        raise ConfigError('\n'.join(config.errors))
-    return run_server(config, start)
-
-
 def main(arguments):
     """Run the command line; the exit code, or None for 0."""
     try:
@@ -4709,7 +4651,19 @@ def main(arguments):
             return curl(*arguments[1:3])
         if arguments[:1] in (['--stop'], ['--reload']):
             return send_signal(*arguments[:2])
-        return configure_and_serve(arguments)
+        start, config = Start(arguments), Config(arguments)
+        if config.show_config and config.setters[BY_NAME['show-config']].where == COMMAND_LINE:
+            return show_config(config)
+        enter_python(config, start)
+        if config.check:
+            return check(config)
+        if config.show_config:                          # in the file, as with uWSGI: the start goes on
+            show_config(config)
+        for warning in config.warnings:
+            log(warning)
+        if config.errors and RELOADED not in os.environ:        # there are workers to be kept
+            raise ConfigError('\n'.join(config.errors))
+        return run_server(config, start)
     except ConfigError as error:
         log(f'minuwsgi: {error}')
         return EXIT_CONFIG

@@ -4217,6 +4217,19 @@ class TestReload:
         assert server.ask().body == b'hello\n'
         assert server.stop() == 0 and not os.path.exists(server.socket)
 
+    def test_a_socket_that_was_made_again_for_code_that_failed_to_load_is_there_once(self, start, tmp):
+        server = start(HELLO + 'import os, uwsgi\nif "check" not in uwsgi.opt and os.path.exists("bad"):\n'
+                               '    os.unlink("bad")\n    1 / 0\n')
+        (tmp / 'bad').touch()
+        os.unlink(server.socket)
+        server.kill(signal.SIGHUP)
+        server.wait_for('the old workers go on serving')
+        server.kill(signal.SIGHUP)
+        server.wait_for('^ready', 2)
+        server.tracebacks_expected = True
+        assert [line.count('(uwsgi)') for line in server.lines if line.startswith('listening on')] == [1, 1, 1]
+        assert server.ask().body == b'hello\n'
+
     @pytest.mark.parametrize('program', [('-um', 'minuwsgi'), ('-u', '-m', 'minuwsgi'), ('-u', str(MINUWSGI)),
         ('-W', 'ignore', '-mminuwsgi'), ('-umminuwsgi',), ('-m', 'minuwsgi')])
     def test_a_directory_that_was_made_again_and_options_of_python_do_no_harm(self, tmp, program):
