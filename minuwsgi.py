@@ -2351,24 +2351,9 @@ def cgi_variables(environ, root, file, name, info):
     variables.update(GATEWAY_INTERFACE='CGI/1.1', SERVER_SOFTWARE=f'minuwsgi/{__version__}', REDIRECT_STATUS='200',
                      SCRIPT_NAME=name, SCRIPT_FILENAME=file, PATH_INFO=info,
                      PATH_TRANSLATED=info and variables['DOCUMENT_ROOT'] + info)
-    for key in 'PATH_INFO', 'PATH_TRANSLATED', 'CONTENT_LENGTH', 'CONTENT_TYPE':
-        if not variables.get(key):
-            variables.pop(key, None)
-    variables.pop('HTTP_PROXY', None)                   # a header must not steer the clients within the program
-    return variables
-
-
-def start_program(command, variables, body):
-    import shutil
-    import subprocess
-    import tempfile
-    with tempfile.TemporaryFile() as file:
-        shutil.copyfileobj(body, file)
-        if file.tell():
-            variables['CONTENT_LENGTH'] = str(file.tell())      # a chunked body has none
-        file.seek(0)
-        return subprocess.Popen(command, bufsize=0, stdin=file, stdout=subprocess.PIPE, env=variables,
-                                cwd=os.path.dirname(command[-1]), start_new_session=True)
+    variables['HTTP_PROXY'] = ''                        # a header must not steer the clients within the program
+    not_empty = 'HTTP_PROXY', 'PATH_INFO', 'PATH_TRANSLATED', 'CONTENT_LENGTH', 'CONTENT_TYPE'
+    return {key: value for key, value in variables.items() if value or key not in not_empty}
 
 
 class CgiOutput(io.RawIOBase):
@@ -2415,9 +2400,17 @@ def pass_head(output, start_response):
 
 def run_cgi(command, variables, body, seconds, response):
     """Run a program for one request: yields the body of its answer."""
+    import shutil
     import subprocess
+    import tempfile
     try:
-        program = start_program(command, variables, body)
+        with tempfile.TemporaryFile() as file:
+            shutil.copyfileobj(body, file)
+            if file.tell():
+                variables['CONTENT_LENGTH'] = str(file.tell())          # a chunked body has none
+            file.seek(0)
+            program = subprocess.Popen(command, bufsize=0, stdin=file, stdout=subprocess.PIPE, env=variables,
+                                       cwd=os.path.dirname(command[-1]), start_new_session=True)
         with io.BufferedReader(CgiOutput(program, response.fd, seconds), READ_MAX) as output:
             pass_head(output, response.start_response)
             yield from iter(output.read1, b'')
@@ -2456,9 +2449,8 @@ def cgi_application(config, fallback):
             if not helper and not os.access(file, os.X_OK):
                 return in_words(start_response, '403 Forbidden',
                                 'the file is not executable, and there is no cgi-helper for its extension')
-            variables = cgi_variables(environ, root, file, name, info)
-            response = start_response.__self__
-            return run_cgi([*helper, file], variables, environ['wsgi.input'], config.cgi_timeout, response)
+            return run_cgi([*helper, file], cgi_variables(environ, root, file, name, info), environ['wsgi.input'],
+                           config.cgi_timeout, start_response.__self__)
         if fallback:
             return fallback(environ, start_response)
         return in_words(start_response, '404 Not Found', 'there is no such program')
@@ -2511,8 +2503,9 @@ class Offloader:
                     continue
                 closing = b'q' in os.read(fd, 4096)
                 while self.inbox:
-                    fd, job, done = self.inbox.popleft()
+                    fd, job, done = self.inbox[0]
                     self.jobs[fd] = job, done, 0, 0, 0, 0.0
+                    self.inbox.popleft()                # now: Worker.has_jobs() must find it somewhere
                     self.step(fd)
             now = time.monotonic()
             for fd in [fd for fd, (*_, deadline) in self.jobs.items() if deadline <= now]:
@@ -2538,7 +2531,7 @@ class Offloader:
             self.end(fd, False)
 
     def end(self, fd, ok):
-        job, done, known, *_ = self.jobs.pop(fd)
+        job, done, known, *_ = self.jobs[fd]
         try:
             if known:
                 self.poll.unregister(fd)
@@ -2546,6 +2539,7 @@ class Offloader:
             job.close()
         except OSError as error:                        # the application has closed it, or the file
             log(f'offload: {error.strerror}')
+        del self.jobs[fd]                               # last: at a stop its connection may be waited for
 
     def finish(self):
         """Wait until all jobs are done."""
@@ -2590,11 +2584,10 @@ class Row:
 
     def request(self):
         """'GET /path' of the request that is, or was last, in the works."""
-        size = 4 + int.from_bytes(self.memory[1:3], 'little')
         if self.memory[0] > WSGI_STRIP:                 # the first line of a request over HTTP
             return ' '.join(self.memory[:512].split(b'\r\n')[0].decode('latin-1').split(' ')[:2])
         try:
-            variables = dict(unpack_vars(self.memory[4:size]))
+            variables = dict(unpack_vars(self.memory[4:4 + int.from_bytes(self.memory[1:3], 'little')]))
         except BadRequest:
             return '?'
         return f"{variables.get('REQUEST_METHOD', '?')} {variables.get('REQUEST_URI', '?')}"
@@ -2603,16 +2596,14 @@ class Row:
 class Connection:
     """A client's connection over HTTP, between and during its requests."""
 
-    __slots__ = ('fd', 'template', 'address', 'port', 'data', 'end', 'fields', 'new_environ', 'keep', 'length',
-                 'deadline', 'events', 'blocking')
+    __slots__ = 'fd template address port data end fields new_environ keep length deadline events'.split()
 
     def __init__(self, fd, template, address):
         self.fd, self.template = fd, template
         self.address, self.port = (address[0], str(address[1])) if type(address) is tuple else ('', '')
         self.data, self.end = b'', -1                   # read, but not yet used; where the head ends in it
         self.fields = None                              # of the last request, see learn()
-        self.deadline = None                            # a time.monotonic(), while it is parked
-        self.blocking = True
+        self.deadline = None                            # a time.monotonic(), once it is parked; until then it blocks
         self.events = 0                                 # what the worker's epoll watches it for; 0: nothing
 
     def learn(self, fields):
@@ -2623,10 +2614,6 @@ class Connection:
         environ['REMOTE_ADDR'], environ['REMOTE_PORT'] = self.address, self.port
         self.fields, self.new_environ = fields, environ.copy
         return environ.copy() if self.keep else environ
-
-    def unblock(self):
-        os.set_blocking(self.fd, False)
-        self.blocking = False
 
 
 def strip_script_name(environ):
@@ -2686,23 +2673,19 @@ class KeptConnections:
         return self.poll.poll(1 if self.parked else None, 1 if self.one_shot else 64)   # threads must not hoard
 
     def park(self, connection, deadline, events=select.EPOLLIN):
-        """Wait for more from the client without a thread that waits."""
-        if connection.blocking:
-            connection.unblock()
+        """Wait for more from the client, or another event of epoll(7), without a thread that waits."""
+        if connection.deadline is None:
+            os.set_blocking(connection.fd, False)
         connection.deadline = deadline
         self.parked[connection.fd] = connection         # first: the event may come to another thread at once
         if events != connection.events or self.one_shot:
-            self.watch(connection, events)
-
-    def watch(self, connection, events):
-        """Let epoll tell when one of these events (of epoll(7)) comes."""
-        change = self.poll.modify if connection.events else self.poll.register
-        connection.events = events
-        try:
-            change(connection.fd, events | self.one_shot)
-        except OSError:
-            if self.parked.get(connection.fd) is connection:
-                raise                                   # else another thread has closed it already
+            change = self.poll.modify if connection.events else self.poll.register
+            connection.events = events
+            try:
+                change(connection.fd, events | self.one_shot)
+            except OSError:
+                if self.parked.get(connection.fd) is connection:
+                    raise                               # else another thread has closed it already
 
     def keep(self, connection, now, events=select.EPOLLIN):
         """It has had its response, and waits for the next request. One that has come already brings no event any
@@ -2715,12 +2698,6 @@ class KeptConnections:
             if b'\r\n\r\n' not in connection.data:      # a head has begun
                 seconds = self.socket_timeout
         self.park(connection, now + seconds, events)
-
-    def lend(self, connection):
-        """It belongs to a job now."""
-        if connection.events:
-            connection.events = 0
-            self.poll.unregister(connection.fd)
 
     def take_back(self, connection, fd, ok):
         """The end of the job, in its thread: wait() has to wake up, and to look at the time from now on."""
@@ -2807,7 +2784,7 @@ class Core:
         self.templates = {fd: {**self.template, 'SERVER_NAME': listener.host, 'SERVER_PORT': listener.port,
                                'REMOTE_ADDR': '', 'REMOTE_PORT': ''} for fd, listener in worker.listeners.items()}
 
-    def serve(self, accept):
+    def serve(self):
         """The hot path: request after request, until accept() fails because of a stop.
 
         What each request needs is a local variable; what is rare is in a method."""
@@ -2816,6 +2793,9 @@ class Core:
         response, application, expected = self.response, self.worker.application, self.expected
         start_response, logging, limit = response.start_response, self.worker.logging, self.worker.limit
         template, unknown, kept = self.template, {}, self.kept
+        (listener, *_), accept = self.worker.listeners.values(), self.wait
+        if not kept:
+            accept = listener.socket._accept            # a bare descriptor, and no socket made of it: -1.4 us
         requests, running = int(numbers[REQUESTS]), numbers[RUNNING]
         start, start_end, started_environ, started_pieces, new_environ, all_pieces, planned = expected.plan
         while True:
@@ -2825,8 +2805,8 @@ class Core:
                 if self.worker.must_stop(error):
                     return
                 continue
+            response.fd = fd                            # first: see Worker.descriptors()
             numbers[STARTED] = began = clock()
-            response.fd = fd
             response.sent = response.keep = response.chunked = response.head_only = False
             response.blocking = True
             response.status = job = body = None
@@ -2839,7 +2819,9 @@ class Core:
                     size = connection.end + 4
                     environ = self.read_request(connection)
                     if connection.length:
-                        body = self.open_http_body(connection, environ)
+                        body = response.body = self.open_body(environ, connection.length, fd, connection.data)
+                        if body is None:
+                            connection.data = connection.data[connection.length:]
                 else:
                     if not nowait:
                         os.set_blocking(fd, False)
@@ -2944,6 +2926,8 @@ class Core:
             environ['wsgi.input'] = io.BytesIO(begun[:length])
             return None
         body = Body(fd, begun, length, self.config.socket_timeout, limit, self.not_its_time)
+        if self.response.http == 'HTTP/1.1' and not begun:
+            body.wants_continue = environ.get('HTTP_EXPECT', '').lower() == '100-continue'
         environ['wsgi.input'] = io.BufferedReader(body, READ_MAX)
         return body
 
@@ -2993,18 +2977,19 @@ class Core:
             done = functools.partial(self.kept.take_back, connection)
         elif response.http and connection.data:         # further requests, which nobody will read
             ending = ending or 'drain'
-        more_comes = body is not None and body.left
-        if ending == 'drain' or (more_comes and ending != 'cut'):
-            try:
-                job, done = run_a_while(fd, then_drain(fd, job or ())), close_after
-            except OSError:                             # it has gone
-                job, done = None, close_hard
         if ending == 'cut':
             done = close_hard
+        elif ending == 'drain' or body is not None and body.left:
+            done = close_after
+            try:
+                job = run_a_while(fd, then_drain(fd, job or ()))
+            except OSError:                             # it has gone
+                return close_hard(fd)
         if job is None:
             return done(fd, True)
-        if response.http:
-            self.kept.lend(connection)
+        if response.http and connection.events:         # it belongs to the job now
+            connection.events = 0
+            self.kept.poll.unregister(fd)
         return self.worker.next_offloader().take(fd, job, done)
 
     # -- several listeners, HTTP, threads
@@ -3015,8 +3000,7 @@ class Core:
         kept = self.kept
         while True:
             while self.ready:
-                event = self.ready.pop()
-                fd = event[0]
+                fd, _ = event = self.ready.pop()
                 connection = kept.parked.pop(fd, None)
                 if connection is None:
                     listener = kept.listeners.get(fd)
@@ -3039,7 +3023,7 @@ class Core:
                         return new, address
                     connection = Connection(new, self.templates[fd], address)
                     if not NOWAIT:
-                        connection.unblock()
+                        os.set_blocking(new, False)
                 self.saw_any = True
                 if self.read_head(connection):
                     return connection.fd, connection
@@ -3076,15 +3060,14 @@ class Core:
     def read_request(self, connection):
         """The environ of the request whose head is there; prepares the response."""
         response, data, end = self.response, connection.data, connection.end
-        response.http, response.body, response.blocking = 'HTTP/1.1', None, connection.blocking
+        response.http, response.body, response.blocking = 'HTTP/1.1', None, connection.deadline is None
         response.head_only = data[:5] == b'HEAD '
         line_end = data.find(b'\r\n')
         start_end = line_end - 9                        # where ' HTTP/1.1' begins
         fields = data[start_end:end + 2]
         if fields != connection.fields or line_end > LINE_MAX or end > HEAD_MAX:
             if not (9 < line_end <= LINE_MAX and 0 <= end <= HEAD_MAX):
-                head = data[:end + 4] if end >= 0 else data
-                raise BadRequest(*hopeless(head) or (NO_FIRST_LINE,))
+                raise BadRequest(*hopeless(data[:end + 4] if end >= 0 else data) or (NO_FIRST_LINE,))
             environ = connection.learn(fields)
         else:
             environ = connection.new_environ()
@@ -3095,15 +3078,6 @@ class Core:
         if self.trusted:
             client_address(environ, self.trusted)
         return environ
-
-    def open_http_body(self, connection, environ):
-        begun, length = connection.data, connection.length
-        body = self.response.body = self.open_body(environ, length, connection.fd, begun)
-        if body is None:
-            connection.data = begun[length:]
-        elif not begun and environ['SERVER_PROTOCOL'] == 'HTTP/1.1':
-            body.wants_continue = environ.get('HTTP_EXPECT', '').lower() == '100-continue'
-        return body
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3174,14 +3148,11 @@ class Worker:
     def __init__(self, config, listeners, application, rows, total, number, master_pid):
         self.config, self.application, self.rows, self.total = config, application, rows, total
         self.number, self.master_pid = number, master_pid       # or None without a master
-        self.pid = os.getpid()
+        self.name = f'worker {number} (pid {os.getpid()})'
         self.listeners = {listener.socket.fileno(): listener for listener in listeners}
         self.cores, self.guard = [], ForkGuard(STOP_SIGNALS, self.descriptors)
-        self.dead_end = self.guard.dead_end
-        listener, *others = listeners
-        self.kept = None                                # where a blocking accept() does
-        if others or config.threads > 1 or listener.protocol != 'uwsgi':
-            self.kept = KeptConnections(self.listeners, config, self.dead_end)
+        blocking = len(listeners) == config.threads == 1 and listeners[0].protocol == 'uwsgi'   # where accept() does
+        self.kept = None if blocking else KeptConnections(self.listeners, config, self.guard.dead_end)
         self.stopping = False
         self.offloaders = [Offloader() for _ in range(max(1, config.offload_threads))]
         self.next_offloader = itertools.cycle(self.offloaders).__next__
@@ -3194,38 +3165,35 @@ class Worker:
             self.request_log = Log(open_to_append(path), path) if path else main_log
         except ConfigError as error:                    # it was moved away, and a new one isn't ours to make
             log(f'req-logger: {error}; the lines go to the other log')
-        self.limit = self.most = math.inf               # requests until check_limits(), until we leave
+        self.most = math.inf                            # requests until we leave
         if config.max_requests:                         # not all workers at the same time
             delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
             self.most = config.max_requests + delta
-            self.limit = self.most if config.threads == 1 else 0        # with threads it takes a look each time
-        if config.reload_on_rss or config.reload_on_as:
-            self.limit = 0
+        each_time = config.reload_on_rss or config.reload_on_as or config.max_requests and config.threads > 1
+        self.limit = 0 if each_time else self.most      # requests of a core until check_limits()
 
     def has_jobs(self):
-        return any(one.jobs or one.inbox for one in self.offloaders)
+        return any(one.inbox or one.jobs for one in self.offloaders)    # in the order in which they go
 
     def run(self):
         """Serve until told to stop."""
         cores = self.cores = [Core(self, i) for i in range(self.config.threads)]
-        accept = cores[0].wait
-        if not self.kept:
-            accept = next(iter(self.listeners.values())).socket._accept         # a bare descriptor: -1.4 us
         threads = []
         if len(cores) > 1:
             import threading
             for offloader in self.offloaders:
                 offloader.start()                       # not left to the first of several threads
-            threads = [threading.Thread(target=core.serve, args=(core.wait,), daemon=True) for core in cores[1:]]
+            threads = [threading.Thread(target=core.serve, daemon=True) for core in cores[1:]]
             for thread in threads:
                 thread.start()
         if self.config.py_autoreload and self.number == 1 and self.master_pid:
-            self.watch_modules()
+            import threading
+            threading.Thread(target=self.watch_modules, name='py-autoreload', daemon=True).start()
         self.tell_master(READY)
-        cores[0].serve(accept)
+        cores[0].serve()
         if cores[0].kept is not self.kept:              # it was told to stop in accept(): see on_stop()
             cores[0].kept = self.kept
-            cores[0].serve(cores[0].wait)
+            cores[0].serve()
         for thread in threads:
             thread.join()
         for offloader in self.offloaders:
@@ -3249,21 +3217,15 @@ class Worker:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def watch_modules(self):
-        """py-autoreload: a thread of the first worker that asks for a reload when a module's file changes."""
-        import threading
-
-        def files():
-            return {name: mtime(file) for name, module in list(sys.modules.items())
-                    if (file := getattr(module, '__file__', None))}
-
-        def watch(before):
-            while True:
-                time.sleep(self.config.py_autoreload)
-                now = files()
-                if any(before.get(name, changed) != changed for name, changed in now.items()):
-                    os.kill(self.master_pid, signal.SIGHUP)
-                before = now
-        threading.Thread(target=watch, args=(files(),), name='py-autoreload', daemon=True).start()
+        """py-autoreload, in a thread of the first worker: ask for a reload when a module's file changes."""
+        before = {}
+        while True:
+            now = {name: mtime(file) for name, module in list(sys.modules.items())
+                   if (file := getattr(module, '__file__', None))}
+            if any(before.get(name, changed) != changed for name, changed in now.items()):
+                os.kill(self.master_pid, signal.SIGHUP)
+            before = now
+            time.sleep(self.config.py_autoreload)
 
     def dump_threads(self):
         """Log the stacks of all threads if there are several: here they can't change, since that takes the GIL."""
@@ -3275,8 +3237,7 @@ class Worker:
 
     def tell_state(self, *_):
         self.dump_threads()
-        log(f'worker {self.number} (pid {self.pid}): '
-            + (', '.join(row.request() for row in self.rows if row.numbers[STARTED] > 0) or 'idle'))
+        log(f'{self.name}: ' + (', '.join(row.request() for row in self.rows if row.numbers[STARTED] > 0) or 'idle'))
 
     def on_harakiri(self, *_):
         """The request takes too long. With one thread it is broken off, and the worker is replaced: after an exception
@@ -3288,8 +3249,8 @@ class Worker:
         if len(self.rows) > 1:
             self.leave('harakiri, its stacks are above')
         elif started > 0 and (answered == self.alarm_for or limit and now >= started + limit):     # else it's too late
-            log(f'harakiri: worker {self.number} (pid {self.pid}) at {row.request()} for '
-                f'{(now - started) * 1000:.0f} ms, its Python stack is above')
+            log(f'harakiri: {self.name} at {row.request()} for {(now - started) * 1000:.0f} ms, '
+                'its Python stack is above')
             self.leave('harakiri')
             raise Harakiri
 
@@ -3314,17 +3275,16 @@ class Worker:
             with contextlib.suppress(OSError):          # there may be no descriptor left for it
                 listener.socket = listener.socket.dup()
                 # This makes it non-blocking, for all that share it: they stop too, or see must_stop().
-                self.kept = KeptConnections({listener.socket.fileno(): listener}, self.config, self.dead_end)
+                self.kept = KeptConnections({listener.socket.fileno(): listener}, self.config, self.guard.dead_end)
         if self.kept:
             self.kept.stop({signal.SIGTERM: math.inf, signal.SIGHUP: 1}.get(number, 0))
         if blocking or number == signal.SIGIO:          # the next master must be able to bind
             for fd in self.listeners:
-                os.dup2(self.dead_end, fd, inheritable=False)
+                os.dup2(self.guard.dead_end, fd, inheritable=False)
 
     def descriptors(self):
         """Listeners and clients, which a child must let go of."""
-        busy = [core.response for core in self.cores if core.row.numbers[STARTED]]
-        return [*self.listeners, *(response.fd for response in busy if hasattr(response, 'fd')),
+        return [*self.listeners, *(core.response.fd for core in self.cores if core.row.numbers[STARTED]),
                 *(fd for one in self.offloaders for fd in [*one.jobs]), *(self.kept.parked if self.kept else ())]
 
     def must_stop(self, error):
@@ -3354,7 +3314,7 @@ class Worker:
     def leave(self, why):
         """Ask to be replaced; goes on serving until then."""
         if not self.rows[0].numbers[LEAVING]:
-            log(f'worker {self.number} (pid {self.pid}) leaves: {why}')
+            log(f'{self.name} leaves: {why}')
             self.tell_master(LEAVING)
             if not self.master_pid:
                 self.on_stop(signal.SIGTERM, None)
@@ -3368,9 +3328,7 @@ class Worker:
             for name, most, size in zip(('as', 'rss'), (config.reload_on_as, config.reload_on_rss), memory_of()):
                 if most and size >> 20 >= most:
                     self.leave(f'reload-on-{name} = {most}, it has {size >> 20} MB after {self.rows[0].request()}')
-        if self.rows[0].numbers[LEAVING]:
-            self.limit = math.inf
-        return self.limit
+        return math.inf if self.rows[0].numbers[LEAVING] else self.limit
 
 
 # ---------------------------------------------------------------------------------------------
@@ -3470,8 +3428,7 @@ def change_directory(config, option):
 
 def load_application(config):
     """The WSGI application that the options name, with its mounts; or the command that workers become."""
-    command = worker_command(config)
-    if command:
+    if command := worker_command(config):
         return check_command(command, config)
     for name in getattr(config, 'import'):
         with config.errors_at(name, 'import'):
