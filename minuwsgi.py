@@ -353,7 +353,7 @@ class Option:
 
 ROWS = [Option(group, *cells) for group, cells in table(OPTIONS)]
 BY_NAME = {name: option for option in ROWS for name in option.names}
-PATTERNS = [(pattern, fate, reason) for fate, (names, reason) in table(FATES) for pattern in names.split()]
+PATTERNS = {pattern: (fate, reason) for fate, (names, reason) in table(FATES) for pattern in names.split()}
 
 
 def glob_sorted(pattern):
@@ -421,21 +421,21 @@ RELOADED = 'MINUWSGI_RELOAD'            # the variable that hands state to the n
 TESTS = {'file': os.path.isfile, 'dir': os.path.isdir, 'directory': os.path.isdir, 'exists': os.path.exists,
          'hostname': lambda name: socket.gethostname() == name, 'reload': lambda _: RELOADED in os.environ,
          'plugin': lambda name: name.startswith(('python', 'http', 'cgi')), 'env': os.environ.get, 'opt': None}
-CONDITIONS = {prefix + test: test for test in TESTS for prefix in ('if-', 'if', 'if-not-')}
 LOOPS = {'for': str.split, 'for-glob': glob_sorted,
          'for-readline': lambda name: (read_if_there(name) or '').splitlines(),
          'for-times': lambda times: [str(i + 1) for i in range(min(leading_number(times) or 0, 10000))]}
-BLOCKS, ENDS = {*CONDITIONS, *LOOPS}, {'endif', 'end-if', 'endfor', 'end-for', 'end'}
+BLOCKS = {**LOOPS, **{prefix + test: TESTS[test] for test in TESTS for prefix in ('if-', 'if', 'if-not-')}}
+ENDS = 'endif', 'end-if', 'endfor', 'end-for', 'end'
 
 
 def fate(name, value=''):
     """(fate, reason): what becomes of a line."""
     if name in BY_NAME or name in BLOCKS or name in ENDS:
         return 'used', ''
-    for pattern, kind, reason in PATTERNS:
+    for pattern in PATTERNS:
         text = f'-{name}={value}' if '=' in pattern else f'-{name}-'
         if name == pattern or pattern[-1] == '*' and f'-{pattern[:-1]}' in text:
-            return kind, reason
+            return PATTERNS[pattern]
     return 'unknown', ''
 
 
@@ -448,7 +448,7 @@ def describe(name, value=''):
     if rest and first.rstrip(':') in BY_NAME and not nearly:
         text = f'{rest.strip()}={value}' if value else rest.strip()
         return f"there is no '=' behind the name: write {first.rstrip(':')} = {text}"
-    known = [*BY_NAME, *(pattern for pattern, its_kind, _ in PATTERNS if its_kind != 'unknown' and pattern[-1] != '*')]
+    known = [*BY_NAME, *(one for one in PATTERNS if PATTERNS[one][0] != 'unknown' and one[-1] != '*')]
     similar = [one for one in known if one[:1] == first[:1]]    # the first letter is seldom wrong
     meant = (nearly or [long for long, short in zip(known, known[1:]) if short == f'-{name}']
              or difflib.get_close_matches(first, similar, 1, 0.9 if reason else 0.75)
@@ -523,7 +523,7 @@ class Config:
 
     def __init__(self, arguments):
         self.settings, self.files = [], []              # all lines in order; (file, section) of all that was read
-        self.variables, self.setters = set(), {}        # names in a %(...); option -> the setting that set it
+        self.variables, self.setters = set(), {}        # names in a %(...); option's name -> what set it
         self.directory = os.getcwd()
         vars(self).update((option.attribute, option.default) for option in ROWS)
         self.take((name[6:].lower().replace('_', '-'), value, f'environment {name}')
@@ -554,9 +554,9 @@ class Config:
             if names_log and self.logto not in setting.value and not setting.reason:
                 setting.warnings.append(f'{setting.name} does nothing: there is one log, and that is {self.logto}')
         if self.module and self.wsgi_file:
-            self.setters[BY_NAME['wsgi-file']].warnings.append('wsgi-file is for the case that module is not there')
+            self.setters['wsgi-file'].warnings.append('wsgi-file is for the case that module is not there')
         if self.cheaper >= self.processes:
-            self.setters[BY_NAME['cheaper']].warnings.append(
+            self.setters['cheaper'].warnings.append(
                 f'cheaper does nothing: {self.cheaper} has to be lower than processes = {self.processes}')
 
     def where(self, value, *names):
@@ -613,7 +613,7 @@ class Config:
         if setting.name in LOOPS:
             return LOOPS[setting.name](value)
         subject, equals, wanted = map(str.strip, value.partition('='))
-        found = (TESTS[CONDITIONS[setting.name]] or self.first)(subject)
+        found = (BLOCKS[setting.name] or self.first)(subject)
         held = found not in (None, False) and (not equals or found == wanted)
         if held == setting.name.startswith('if-not-'):
             return []
@@ -685,8 +685,7 @@ class Config:
     def judge(self, setting):
         """The final fate of a line, now that all names in %(...) are known."""
         dashed = setting.name.replace('_', '-')
-        guessed = setting.fate == 'unknown' or setting.fate == 'unsupported' and all(
-            setting.name != pattern for pattern, *_ in PATTERNS)        # a * may mean others than this
+        guessed = setting.fate == 'unknown' or setting.fate == 'unsupported' and setting.name not in PATTERNS   # by a *
         if guessed and (setting.name in self.variables or setting.where.startswith('environment')):
             setting.fate, setting.reason = 'variable', ''
         elif setting.fate == 'unknown' and fate(dashed)[0] != 'unknown':
@@ -715,9 +714,9 @@ class Config:
             return
         if option.many:
             result = (*getattr(self, option.attribute), result)
-        elif option in self.setters:
-            self.setters[option].reason = f'{setting.where} overrides it'
-        self.setters[option] = setting
+        elif option.name in self.setters:
+            self.setters[option.name].reason = f'{setting.where} overrides it'
+        self.setters[option.name] = setting
         setattr(self, option.attribute, result)
 
 
@@ -861,16 +860,13 @@ class Log(io.FileIO):
                 try:
                     line = line[self.put(self.fd, line):]
                 except BlockingIOError:
-                    self.wait()
+                    if time.monotonic() < Log.impatient_until or not ready_within(self.fd, select.POLLOUT, 1):
+                        Log.impatient_until = time.monotonic() + 10
+                        raise
             self.lost = 0
         except OSError:
             self.lost += 1
         return size
-
-    def wait(self):
-        if time.monotonic() < Log.impatient_until or not ready_within(self.fd, select.POLLOUT, 1):
-            Log.impatient_until = time.monotonic() + 10
-            raise BlockingIOError
 
 
 while (spare := os.open(os.devnull, os.O_RDWR)) < 3:    # closed at the start: no socket should take the log's place
@@ -910,10 +906,8 @@ def flush_streams():
 
 
 def mtime(name):
-    try:
+    with contextlib.suppress(OSError):
         return os.stat(name).st_mtime_ns
-    except OSError:
-        return None
 
 
 def follow_logs(*_):
@@ -950,13 +944,17 @@ class RequestLog:
     def add(self, environ, response, requests, variables, size, ended, took):
         """requests: of this core so far; variables, size: number and bytes of those in the packet; ended: a
         time.monotonic(); took: seconds."""
-        if ended >= self.next_second:
-            self.new_second(ended)
+        if ended >= self.next_second:                   # what all lines of a second share
+            date = time.time()
+            self.next_second, self.date = ended + 1 - date % 1, time.ctime(date)        # strftime() heeds the locale
         self.total[0] = total = self.total[0] + 1
         get, status, sent, head, headers = environ.get, (response.status or '500')[:3], 0, 0, 0
         if response.sent:
             sent, head, headers = response.size, len(response.head), response.headers
-        if not (self.all or self.is_wanted(status, sent, took * 1000)):
+        config = self.config            # with disable-logging, some requests are logged all the same
+        if not (self.all or config.log_4xx and status[0] == '4' or config.log_5xx and status[0] == '5'
+                or config.log_slow and took * 1000 >= config.log_slow or config.log_zero and not sent
+                or config.log_big and sent >= config.log_big):
             return
         address = self.forwarded and get('HTTP_X_FORWARDED_FOR') or get('REMOTE_ADDR', '')
         if self.format:
@@ -969,19 +967,6 @@ class RequestLog:
                     f"{get('REQUEST_URI', '')} => generated {sent} bytes in {math.floor(took * 1000)} msecs "
                     f"({get('SERVER_PROTOCOL', '')} {status}) {headers} headers in {head} bytes {self.end}")
         self.file.write(line.encode('latin-1', 'backslashreplace'))
-
-    def new_second(self, now):
-        """Bring up to date what all lines of a second share; now: a time.monotonic()."""
-        date = time.time()
-        self.next_second = now + 1 - date % 1
-        self.date = time.ctime(date)                    # strftime() would heed the locale
-
-    def is_wanted(self, status, size, milliseconds):
-        """With disable-logging, some requests are logged all the same."""
-        config = self.config
-        return (config.log_4xx and status[0] == '4' or config.log_5xx and status[0] == '5'
-                or config.log_slow and milliseconds >= config.log_slow or config.log_zero and not size
-                or config.log_big and size >= config.log_big)
 
     def formatted(self, environ, took, values):
         """The line of log-format: %(name) of uWSGI's names, %(var.NAME) of the environ; '-' for what isn't there."""
@@ -1086,28 +1071,22 @@ def parse_address(address):
     raise ConfigError(f"can't bind {address}: {why}")
 
 
-def holder(probe):
-    """Who listens at the other end of a connected unix socket, see unix(7) on SO_PEERCRED."""
-    pid = command = '?'
-    with contextlib.suppress(OSError, AttributeError):          # no /proc, or not Linux
-        pid = int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4), sys.byteorder)
-        with open(f'/proc/{pid}/cmdline', errors='replace') as file:
-            command = file.read(200).replace('\0', ' ').strip()
-    return f'pid {pid} ({command})'
-
-
 def remove_stale_socket(path):
-    """Make way for bind(): remove a socket that nobody listens on; parse_address() refuses other files."""
-    if not os.path.lexists(path):
-        return
+    """Make way for bind(): remove a socket that nobody listens on, or tell who does; parse_address() refuses files."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(1)
         try:
             probe.connect(path)
+        except FileNotFoundError:
+            return
         except ConnectionRefusedError:
-            os.unlink(path)
-        else:
-            raise FileExistsError(f'another server listens there, {holder(probe)}; stop it, or choose another name')
+            return os.unlink(path)
+        pid = command = '?'
+        with contextlib.suppress(OSError, AttributeError):      # no /proc, or not Linux
+            pid = int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4), sys.byteorder)    # unix(7)
+            with open(f'/proc/{pid}/cmdline', errors='replace') as file:
+                command = file.read(200).replace('\0', ' ').strip()
+        raise FileExistsError(f'another server listens there, pid {pid} ({command}); stop it, or choose another name')
 
 
 def name_of(where):
@@ -1235,27 +1214,23 @@ def pack_request(variables):
 
 def unpack_vars(block):
     """The block of a packet (bytes) -> [(name, value), ...]: the protocol in short. Expected is faster, checks more."""
-    text, at, end, found = block.decode('latin-1'), 0, len(block), []
-    while at < end:
-        pair = []
-        for _ in 'name', 'value':
-            begin = at + 2
-            at = begin + int.from_bytes(block[at:begin], 'little')
-            if begin > end or at > end:
-                raise BadRequest('the lengths in the block of variables do not add up')
-            pair.append(text[begin:at])
-        if not pair[0]:
-            raise BadRequest('a variable without a name')
-        found.append(tuple(pair))
-    return found
+    text, at, found = block.decode('latin-1'), 0, []
+    while at < len(block):
+        begin = at + 2
+        at = begin + int.from_bytes(block[at:begin], 'little')
+        found.append(text[begin:at])
+    names, values = found[::2], found[1::2]
+    if at != len(block) or len(names) != len(values):
+        raise BadRequest('the lengths in the block of variables do not add up')
+    if '' in names:
+        raise BadRequest('a variable without a name')
+    return list(zip(names, values))
 
 
 # What a web server sends the same with each request, if nothing else is set up; most sites have one name.
 CONSTANT = frozenset(('DOCUMENT_ROOT', 'SERVER_PROTOCOL', 'REQUEST_SCHEME', 'SERVER_PORT', 'SERVER_NAME', 'HTTPS',
                       'SCRIPT_NAME', 'SERVER_SOFTWARE', 'GATEWAY_INTERFACE', 'UWSGI_SCHEME', 'HTTP_HOST'))
 UNWANTED = frozenset(('HTTP_CONTENT_LENGTH', 'HTTP_CONTENT_TYPE'))      # PEP 3333: they have no HTTP_
-SCHEME = frozenset(('HTTPS', 'REQUEST_SCHEME', 'UWSGI_SCHEME'))
-UNPLANNED = UNWANTED | {'HTTP_TRANSFER_ENCODING'}
 
 
 def set_scheme(environ):
@@ -1308,15 +1283,16 @@ class Expected:
         # start (or None) and where it ends, what gives the environ up to there, the pieces after it; for other
         # packets what gives the environ, and all pieces; how many variables. ('nothing' is never found: its size is 0.)
         self.plan = None, 4, base.copy, (), base.copy, (('nothing', 0, ''),), 0
-        self.missed = {}        # raw -> (text of its constants, their names, those of later ones, variables before it)
+        self.constants = []     # names of those in the template, in their order
+        self.missed = {}        # raw -> (text of its constants; constants before it, and with it; variables before it)
         self.countdown = 0
 
     def rest(self, environ, memory, text, at, raw):
         """Read the variables from at on; raw is the piece that wasn't there ('': all were). Their number."""
-        same, constants, later, number = self.missed.get(raw, ('', (), (), self.plan[-1]))
+        same, known, then, number = self.missed.get(raw, ('', len(self.constants), 0, self.plan[-1]))
         if same and text.startswith(same, at):          # another header follows than before: mostly it is this
-            at, number, constants = at + len(same), number + len(constants), ()
-        for name in (*constants, *later):
+            at, number, known = at + len(same), number + then - known, then
+        for name in self.constants[known:]:
             environ.pop(name, None)
             if name in self.base:                       # SCRIPT_NAME is always there
                 environ[name] = self.base[name]
@@ -1344,50 +1320,45 @@ class Expected:
             raise BadRequest('a chunked body without a length: set uwsgi_request_buffering on', '411 Length Required')
         self.countdown -= 1
         if self.countdown < 0:                          # now and then: traffic changes
-            self.countdown = 200 if self.learn_order(memory, text) else 0
+            self.learn_order(memory, text)
         return number
 
     def learn_order(self, memory, text):
-        """Make the plan from a block that was found to be right; False for one that is no good example."""
-        found, at = {}, 4                               # name -> (where its value begins, where it ends)
+        """Make the plan from a block that was found to be right; if it is no good example, the next is tried."""
+        found, at = {}, 4                               # name -> (where it ends, its value)
         while at < len(text):
             value = at + 4 + memory[at]
             after = value + memory[value - 2] + (memory[value - 1] << 8)
             name = sys.intern(text[at + 2:value - 2])
-            if name in found or name in UNPLANNED:
-                return False
-            found[name] = value, after
+            if name in found or name in UNWANTED or name == 'HTTP_TRANSFER_ENCODING':
+                return
+            found[name] = value - 2, text[value:after]
             at = after
         names = list(found)
         last = max((i for i, name in enumerate(names) if name not in CONSTANT), default=-1)
-        if not SCHEME.isdisjoint(names[last + 1:]):     # what the scheme follows from must be known in the template
-            return False
-        pieces, template, constants, begin, first = [], dict(self.base), [], 4, 0
-        for i, (name, (value, after)) in enumerate(found.items()):
+        if not {'HTTPS', 'REQUEST_SCHEME', 'UWSGI_SCHEME'}.isdisjoint(names[last + 1:]):
+            return                                      # what the scheme follows from must be known in the template
+        pieces, template, begin, known = [], dict(self.base), 4, 0
+        self.constants, self.missed = [], {}
+        for i, (name, (end, value)) in enumerate(found.items()):
             if name in CONSTANT and i < last:
-                template[name] = text[value:after]
-                constants.append((i, name))
+                template[name] = value
+                self.constants.append(name)
             else:
-                pieces.append((text[begin:value - 2], value - 2 - begin, name))
-                begin = after
+                raw = text[begin:end]
+                self.missed[raw] = raw[:-2 - len(name)], known, len(self.constants), known + len(pieces)
+                pieces.append((raw, len(raw), name))
+                begin, known = end + 2 + len(value), len(self.constants)
         set_scheme(template)
-        self.missed = {}
-        for raw, _, name in pieces:
-            place = names.index(name)
-            self.missed[raw] = (raw[:-2 - len(name)], [constant for i, constant in constants if first <= i < place],
-                                [constant for i, constant in constants if i > place], first)
-            first = place + 1
         start, end, started, rest = None, 4, template, ()               # no text is equal to None
-        if 'REQUEST_URI' in found:
-            before = names[:names.index('REQUEST_URI')]
-            begun = {name: text[slice(*found[name])] for name in before}
-            if begun.get('REQUEST_METHOD') == 'GET' and begun.get('QUERY_STRING') == begun.get('CONTENT_LENGTH') == '':
-                end = found['REQUEST_URI'][0] - 2
-                start = text[4:end]
-                started = {**template, **begun}
-                rest = ('', 0, 'REQUEST_URI'), *pieces[[name for _, _, name in pieces].index('REQUEST_URI') + 1:]
+        before = names[:names.index('REQUEST_URI')] if 'REQUEST_URI' in found else ()
+        begun = {name: found[name][1] for name in before}
+        if begun.get('REQUEST_METHOD') == 'GET' and begun.get('QUERY_STRING') == begun.get('CONTENT_LENGTH') == '':
+            end, _ = found['REQUEST_URI']
+            start, started = text[4:end], {**template, **begun}
+            rest = ('', 0, 'REQUEST_URI'), *pieces[[name for _, _, name in pieces].index('REQUEST_URI') + 1:]
         self.plan = start, end, started.copy, rest, template.copy, tuple(pieces), len(found)
-        return True
+        self.countdown = 200
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1584,10 +1555,9 @@ SLOWEST = 500                           # bytes a second: who sends or reads les
 def unread(fd):
     """How many bytes were written that the client hasn't taken, see tcp(7) on SIOCOUTQ; 0 where nobody knows."""
     import fcntl
-    size = bytearray(4)
     with contextlib.suppress(OSError):
-        fcntl.ioctl(fd, 0x5411, size)
-    return int.from_bytes(size, sys.byteorder)
+        return int.from_bytes(fcntl.ioctl(fd, 0x5411, bytes(4)), sys.byteorder)
+    return 0
 
 
 def still_unread(fd, event, seconds, before):
@@ -1714,16 +1684,17 @@ class EmptyInput(io.BytesIO):
 
 class Body(io.RawIOBase):
     """A request body: what came with the head, then what the connection brings. io.BufferedReader makes wsgi.input
-    of it.  left: bytes that are still to come; -1: of a chunked body, as long as its end isn't read.
+    of it.  left: bytes that are still to come, endless as long as the end of a chunked body (-1) isn't read.
     waited(seconds) is told how long the client let us wait."""
 
     def __init__(self, fd, begun, left, timeout, limit, waited):
-        self.fd, self.left, self.timeout, self.waited = fd, left, timeout, waited
-        self.begun, self.at = begun, 0  # what was received; so much of it is used
+        self.fd, self.timeout, self.waited = fd, timeout, waited
+        self.left = left if left >= 0 else math.inf
+        self.begun = bytearray(begun)   # received, and not used; to delete its beginning doesn't move the rest
         self.patience = timeout         # how long we would wait: what comes slower than SLOWEST uses it up
         self.wants_continue = False     # the client waits for 100 Continue before it sends
         self.buffer, self.piece, self.bad = bytearray(READ_MAX), b'', None
-        self.pieces = self.read_chunks(limit) if left < 0 else self.read_plain()
+        self.pieces = self.read_chunks(limit) if left < 0 else self.read_piece(left)
 
     def readable(self):
         return True
@@ -1751,23 +1722,16 @@ class Body(io.RawIOBase):
         waited = time.monotonic() - began
         self.patience = min(self.timeout, self.patience - waited + got / SLOWEST)
         self.waited(waited)
-        self.begun, self.at = self.begun[self.at:] + self.buffer[:got], 0
+        self.begun += self.buffer[:got]
 
-    def take(self, most):
-        """The next bytes, `most` at the most."""
-        if self.at == len(self.begun):
-            self.receive()
-        data = self.begun[self.at:self.at + most]
-        self.at += len(data)
-        return data
-
-    def behind(self):
-        """What came behind the body: the next requests."""
-        return bytes(self.begun[self.at:])
-
-    def read_plain(self):
-        while self.left:
-            data = self.take(self.left)
+    def read_piece(self, size):
+        """All of a plain body, or of a chunk."""
+        while size:
+            if not self.begun:
+                self.receive()
+            data = self.begun[:size]
+            del self.begun[:size]
+            size -= len(data)
             self.left -= len(data)
             yield data
 
@@ -1777,10 +1741,7 @@ class Body(io.RawIOBase):
             limit -= size
             if limit < 0:
                 raise BadRequest('the body is larger than limit-post', '413 Content Too Large')
-            while size:
-                data = self.take(size)
-                size -= len(data)
-                yield data
+            yield from self.read_piece(size)
             if self.line():
                 raise BadRequest('a chunk is longer than its size')
         for _ in range(FIELDS_MAX):
@@ -1799,24 +1760,13 @@ class Body(io.RawIOBase):
         return int(size, 16)
 
     def line(self):
-        while (end := self.begun.find(b'\n', self.at) + 1) == 0 and len(self.begun) - self.at <= 1024:
+        while (end := self.begun.find(b'\n') + 1) == 0 and len(self.begun) <= 1024:
             self.receive()
-        line, self.at = self.begun[self.at:end], max(self.at, end)
+        line = bytes(self.begun[:end])
+        del self.begun[:end]
         if len(line) > 1024 or line[-2:] != b'\r\n' or controls(line) != 2:
             raise BadRequest('a bad line between chunks')
         return line[:-2]
-
-
-def descriptor_of(file):
-    """(descriptor, offset, bytes from there) of a regular file, for sendfile(2); else None."""
-    try:
-        fd, offset = file.fileno(), file.tell()
-        status = os.fstat(fd)
-    except (AttributeError, OSError, ValueError):
-        return None
-    if not stat.S_ISREG(status.st_mode) or not isinstance(getattr(file, 'raw', file), io.FileIO):
-        return None                                     # that of a GzipFile has other bytes
-    return fd, offset, max(0, status.st_size - offset)
 
 
 HOP_BY_HOP = frozenset(('connection', 'keep-alive', 'proxy-authenticate', 'proxy-authorization', 'te', 'trailer',
@@ -1914,11 +1864,16 @@ class Response:
         self.status = status
         return self.write
 
-    def take_head(self):
-        """The whole head as bytes, to be sent now with what comes first."""
+    def take_head(self, size=None):
+        """The whole head as bytes, to be sent now with what comes first; size: of the whole body, if that is known."""
         if self.status is None:
             raise AssertionError("the application didn't call start_response()")
-        self.head += self.http_headers() + self.extra if self.http else self.extra
+        if self.http:
+            if self.left is None:                       # no need of HTTP's chunks
+                self.left = size
+            self.head += self.http_headers() + self.extra
+        else:
+            self.head += self.extra
         self.sent, self.size = True, 0
         return self.head
 
@@ -1950,10 +1905,10 @@ class Response:
             headers += b'Connection: keep-alive\r\n'
         return headers
 
-    def frame(self, chunks):
-        """Hold chunks to the promised length; put the head and the sizes of chunks round them."""
-        framed = [] if self.sent else [self.take_head()]        # never the application's own list
+    def frame(self, chunks, whole=False):
+        """Hold chunks to the promised length; put the head and the sizes of chunks round them. whole: are they all?"""
         size = sum(map(len, chunks))
+        framed = [] if self.sent else [self.take_head(size if whole else None)]         # never the application's list
         if self.left is not None:
             if size > self.left:
                 if self.length != -1:
@@ -1978,10 +1933,9 @@ class Response:
 
     def send_small(self, body):
         """Send head and whole body (bytes) by one write(); the job that is left, or None."""
-        if self.length is None and self.http:
-            self.left = len(body)                       # HTTP sends it as Content-Length
-        data = self.take_head() + body
-        self.size, self.left = len(body), 0
+        size = len(body)
+        data = self.take_head(size) + body
+        self.size, self.left = size, 0
         if len(data) > SMALL:                           # because of the head
             self.unblock()
         try:
@@ -2030,9 +1984,7 @@ class Response:
             raise TypeError('the application returned None: is a `return` missing?')
         if type(chunks) not in (list, tuple) or not all(type(chunk) is bytes for chunk in chunks):
             return None
-        if self.http and not self.sent and self.left is None:
-            self.left = sum(map(len, chunks))           # no need of HTTP's chunks
-        framed = self.frame(chunks)
+        framed = self.frame(chunks, whole=True)
         if self.chunked:
             framed.append(b'0\r\n\r\n')
         if self.left:
@@ -2043,13 +1995,16 @@ class Response:
 
     def file_job(self, wrapper):
         """A job that sends a regular file from where it stands; None where it has to be read."""
-        found = descriptor_of(wrapper.filelike)
-        if found is None or self.chunked:
+        file = wrapper.filelike
+        try:
+            fd, offset = file.fileno(), file.tell()
+            status = os.fstat(fd)
+        except (AttributeError, OSError, ValueError):
             return None
-        fd, offset, size = found
-        if self.left is None and self.http and not self.sent:
-            self.left = size                            # no need of chunks
-        head = [] if self.sent else [self.take_head()]
+        if self.chunked or not stat.S_ISREG(status.st_mode) or not isinstance(getattr(file, 'raw', file), io.FileIO):
+            return None                                 # that of a GzipFile has other bytes
+        size = max(0, status.st_size - offset)
+        head = [] if self.sent else [self.take_head(size)]
         if self.left is not None and self.left > size:
             self.cut(f'the file has {self.left - size} bytes less than the Content-Length')
         count = size if self.left is None else min(size, self.left)
@@ -2178,12 +2133,12 @@ def send_static(environ, start_response, file, seconds):
 
 def with_static_files(config, application):
     """The application, behind the static files that the options name."""
-    if not (config.check_static or config.static_map or config.static_map2):
+    mounts = mount_points(f'={directory}' for directory in config.check_static) + mount_points(config.static_map)
+    mounts += [(prefix, target + prefix) for prefix, target in mount_points(config.static_map2)]
+    if not mounts:
         return application
     import mimetypes
     mimetypes.init()                                    # once, before the fork
-    mounts = mount_points(f'={directory}' for directory in config.check_static) + mount_points(config.static_map)
-    mounts += [(prefix, target + prefix) for prefix, target in mount_points(config.static_map2)]
     for _, target in mounts:
         if not os.path.exists(target):
             log(f'static files: there is no {target}')
@@ -2481,10 +2436,9 @@ class Offloader:
             self.start()
         except RuntimeError as error:                   # no memory for a thread
             log_now_and_then('offload', f'offload: {error}')
-            done(fd, False)
-        else:
-            self.inbox.append((fd, job, done))
-            os.write(self.wake_write, b'.')
+            return done(fd, False)
+        self.inbox.append((fd, job, done))
+        os.write(self.wake_write, b'.')
 
     def start(self):
         if self.thread is None:
@@ -2972,7 +2926,7 @@ class Core:
         if body is not None:
             body.pieces = iter(())                      # later reads get nothing; and it was a cycle of references
             if response.http:
-                connection.data = body.behind()
+                connection.data = bytes(body.begun)     # what came behind it: the next requests
         if response.keep:
             done = functools.partial(self.kept.take_back, connection)
         elif response.http and connection.data:         # further requests, which nobody will read
@@ -3142,6 +3096,12 @@ class ForkGuard:
             os._exit(1)
 
 
+def times_of_modules():
+    """{name: when its file was changed} of all modules."""
+    return {name: mtime(file) for name, module in list(sys.modules.items())
+            if (file := getattr(module, '__file__', None))}
+
+
 class Worker:
     """A process that serves: its cores, and what they share."""
 
@@ -3188,7 +3148,7 @@ class Worker:
                 thread.start()
         if self.config.py_autoreload and self.number == 1 and self.master_pid:
             import threading
-            threading.Thread(target=self.watch_modules, name='py-autoreload', daemon=True).start()
+            threading.Thread(target=self.watch_modules, args=(times_of_modules(),), daemon=True).start()
         self.tell_master(READY)
         cores[0].serve()
         if cores[0].kept is not self.kept:              # it was told to stop in accept(): see on_stop()
@@ -3216,16 +3176,14 @@ class Worker:
             faulthandler.register(number, file=2, all_threads=False, chain=True)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
-    def watch_modules(self):
+    def watch_modules(self, before):
         """py-autoreload, in a thread of the first worker: ask for a reload when a module's file changes."""
-        before = {}
         while True:
-            now = {name: mtime(file) for name, module in list(sys.modules.items())
-                   if (file := getattr(module, '__file__', None))}
+            time.sleep(self.config.py_autoreload)
+            now = times_of_modules()
             if any(before.get(name, changed) != changed for name, changed in now.items()):
                 os.kill(self.master_pid, signal.SIGHUP)
             before = now
-            time.sleep(self.config.py_autoreload)
 
     def dump_threads(self):
         """Log the stacks of all threads if there are several: here they can't change, since that takes the GIL."""
@@ -4609,7 +4567,7 @@ def main(arguments):
         if arguments[:1] in (['--stop'], ['--reload']):
             return send_signal(*arguments[:2])
         start, config = Start(arguments), Config(arguments)
-        if config.show_config and config.setters[BY_NAME['show-config']].where == COMMAND_LINE:
+        if config.show_config and config.setters['show-config'].where == COMMAND_LINE:
             return show_config(config)
         enter_python(config, start)
         if config.check:

@@ -745,7 +745,7 @@ def test_every_option_of_uwsgi_has_a_fate_and_a_reason():
 
 def test_no_name_stands_twice_in_the_tables():
     names = [name for option in minuwsgi.ROWS for name in option.names]
-    names += [pattern for pattern, _, _ in minuwsgi.PATTERNS]
+    names += [name for _, (patterns, _) in minuwsgi.table(minuwsgi.FATES) for name in patterns.split()]
     assert [name for name in set(names) if names.count(name) > 1] == []
 
 
@@ -6825,7 +6825,7 @@ class TestBadMachine:
         """time.time() makes only texts that people and browsers read, and a file's name; and tells when one is old."""
         functions = re.findall(r'^ *def (\w+)(.*?)(?=^ *(?:def|class) |\Z)', SOURCE, re.M | re.S)
         uses = {name for name, body in functions if 'time.time()' in body}
-        assert uses == {'magic', 'rotate_log', 'send_static', 'formatted', 'new_second', 'failed', 'http_headers',
+        assert uses == {'magic', 'rotate_log', 'send_static', 'formatted', 'add', 'failed', 'http_headers',
                         'workers'}
 
 
