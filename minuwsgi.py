@@ -78,7 +78,7 @@ __version__ = '0.1'
 # uWSGI's configuration is one flat list of lines (name, value, where it stands) from the environment
 # (UWSGI_*), the command line and INI files. Config goes over it twice. First it takes the lines in
 # their order; one may bring others, which come next (a file that is included, an if or for block).
-# Then it fills in $(ENV), @(file) and %(name), judges each line, and sets the option that it names;
+# Then it judges each line, fills in $(ENV), @(file) and %(name), and sets the option that it names;
 # at last it looks for options that do nothing beside others (compare). The fate of a line: used,
 # always (needs no switch here), unsupported, variable (only a name for %(name)) or unknown. All
 # mistakes are told at once.
@@ -286,7 +286,8 @@ def table(text):
 
 def leading_number(text):
     """The digits at the front, as C's atoi() reads them, or None."""
-    digits = ''.join(itertools.takewhile(str.isdecimal, text.lstrip('-')))[:18]
+    text = text.lstrip()
+    digits = ''.join(itertools.takewhile(str.isdecimal, text[text[:1] in ('-', '+'):]))[:18]
     return int(digits) * (-1 if text[0] == '-' else 1) if digits else None
 
 
@@ -344,7 +345,8 @@ class Option:
         if self.kind == 'address' and value.isdecimal():
             doubts.append(f'this is a path; a port is written :{value}')
         if (boolean and self.kind in ('path', 'word', 'address')
-                or (numeric or self.kind == 'algorithm') and str(result) != value
+                or numeric and not (value.isdecimal() or type(result) is float)
+                or self.kind == 'algorithm' and result != value
                 or self.kind == 'flag' and not boolean and not value.isdecimal()
                 or self.kind == 'log' and value not in ('stdio', f'file:{result}')):
             doubts.append(f'{self.expected} is expected; ' + ('left out' if result is None else f'taken as {result}'))
@@ -363,15 +365,19 @@ def glob_sorted(pattern):
 
 def substitute(opening, value, replacement):
     """Replace each opening...) (parentheses balanced) by replacement(...); None leaves it as it is."""
-    before, _, rest = value.partition(opening)
-    depth = 1
-    for end, char in enumerate(rest):
-        depth += (char == '(') - (char == ')')
-        if not depth:
-            new = replacement(rest[:end])
-            return (before + (f'{opening}{rest[:end]})' if new is None else new)
-                    + substitute(opening, rest[end + 1:], replacement))
-    return value
+    done = ''
+    while True:
+        before, _, rest = value.partition(opening)
+        depth = 1
+        for end, char in enumerate(rest):
+            depth += (char == '(') - (char == ')')
+            if not depth:
+                break
+        else:
+            return done + value
+        new = replacement(rest[:end])
+        done += before + (f'{opening}{rest[:end]})' if new is None else new)
+        value = rest[end + 1:]
 
 
 def read_file(name):
@@ -428,6 +434,7 @@ BLOCKS = {**LOOPS, **{prefix + test: TESTS[test] for test in TESTS for prefix in
 ENDS = 'endif', 'end-if', 'endfor', 'end-for', 'end'
 
 
+@functools.lru_cache(None)
 def fate(name, value=''):
     """(fate, reason): what becomes of a line."""
     if name in BY_NAME or name in BLOCKS or name in ENDS:
@@ -439,6 +446,7 @@ def fate(name, value=''):
     return 'unknown', ''
 
 
+@functools.lru_cache(None)
 def describe(name, value=''):
     """What to say of a line that does nothing."""
     import difflib
@@ -668,7 +676,8 @@ class Config:
         skipped; None if all is."""
         expression = substitute('(', expression, lambda inner: self.compute(inner, within))
         result = operator = None
-        for token in expression.replace('++', '+ 1').replace('--', '- 1').split():
+        words = [{'++': '+ 1', '--': '- 1'}.get(word, word) for word in expression.split()]
+        for token in ' '.join(words).split():
             text = token if token.isdecimal() else None if token in within else self.first(token)
             if token in ('+', '-', '*', '/'):
                 operator = token
@@ -1072,7 +1081,7 @@ def parse_address(address):
 
 
 def remove_stale_socket(path):
-    """Make way for bind(): remove a socket that nobody listens on, or tell who does; parse_address() refuses files."""
+    """Make way for bind(): remove a socket that nobody listens on, or tell who does, see unix(7)."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(1)
         try:
@@ -1080,10 +1089,12 @@ def remove_stale_socket(path):
         except FileNotFoundError:
             return
         except ConnectionRefusedError:
-            return os.unlink(path)
+            return os.unlink(path)                      # it is a socket: parse_address() refuses other files
+        except BlockingIOError:                         # too many wait there
+            pass
         pid = command = '?'
-        with contextlib.suppress(OSError, AttributeError):      # no /proc, or not Linux
-            pid = int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4), sys.byteorder)    # unix(7)
+        with contextlib.suppress(OSError, AttributeError):      # no /proc, not Linux, not connected
+            pid = int.from_bytes(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4), sys.byteorder) or pid
             with open(f'/proc/{pid}/cmdline', errors='replace') as file:
                 command = file.read(200).replace('\0', ' ').strip()
         raise FileExistsError(f'another server listens there, pid {pid} ({command}); stop it, or choose another name')
@@ -1320,11 +1331,12 @@ class Expected:
             raise BadRequest('a chunked body without a length: set uwsgi_request_buffering on', '411 Length Required')
         self.countdown -= 1
         if self.countdown < 0:                          # now and then: traffic changes
+            self.countdown = 10
             self.learn_order(memory, text)
         return number
 
     def learn_order(self, memory, text):
-        """Make the plan from a block that was found to be right; if it is no good example, the next is tried."""
+        """Make the plan from a block that was found to be right, if it is a good example."""
         found, at = {}, 4                               # name -> (where it ends, its value)
         while at < len(text):
             value = at + 4 + memory[at]
@@ -2074,8 +2086,8 @@ def expiry(value):
         pattern, seconds = value.replace('=', ' ').rsplit(None, 1)
         if not re.search(r'[\\^$|(+]|\.\*', pattern):
             pattern = fnmatch.translate(pattern if pattern[:1] in '/*' else '*' + pattern)
-        return re.compile(pattern).search, min(int(seconds), 1 << 31)
-    except (ValueError, re.error):
+        return re.compile(pattern).search, min(int(re.fullmatch('[0-9]+', seconds)[0]), 1 << 31)
+    except (ValueError, TypeError, re.error):
         raise ConfigError(f'static-expires = {value}: PATTERN SECONDS is expected, such as *.css 3600') from None
 
 

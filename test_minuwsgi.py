@@ -407,6 +407,8 @@ QUIRKS = r'''
     number = 7
     twice = %(number * 2) %(number + 1 * 2) %(number - 10) %(number / 2) %(number / 0) %(number ++)
     joined = %(number two) %(number nope)
+    my--var = dashed
+    dashes = %(my--var) %(number++) %(number--) %(number --)
     unknown = %(nope) $(NOPE_NOT_SET)
     before = %(after)
     after = behind
@@ -498,6 +500,8 @@ def test_every_quirk_of_the_dialect_is_read_as_uwsgi_reads_it(tmp, monkeypatch):
     ('processes = 4\t# four', 'processes', 4),
     ('processes = %((2 * 2) + 1)', 'processes', 5),
     ('processes = 4x', 'processes', 4),
+    ('processes = +4', 'processes', 4),
+    ('processes = @(number.txt)', 'processes', 4),         # ' 4'
     ('processes = true', 'processes', 1),
     ('cheaper = true', 'cheaper', 0),
     ('harakiri = 0.5', 'harakiri', 0.5),
@@ -534,7 +538,9 @@ def test_every_quirk_of_the_dialect_is_read_as_uwsgi_reads_it(tmp, monkeypatch):
     ('n = 3\nprocesses = %(n)', 'processes', 3),
     ('a = %(b)\nb = %(a)\nchdir = /%(a)', 'chdir', '/%(a)'),
 ])
-def test_a_value_is_converted(tmp, line, attribute, expected):
+def test_a_value_is_converted(tmp, monkeypatch, line, attribute, expected):
+    monkeypatch.chdir(tmp)
+    (tmp / 'number.txt').write_text(' 4\n')
     config = load(tmp, line)
     assert (getattr(config, attribute), config.errors) == (expected, [])
 
@@ -631,6 +637,22 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_lines(tmp):
 def test_a_name_that_is_used_somewhere_is_a_variable_and_no_warning(tmp, lines):
     config = load(tmp, lines)
     assert config.warnings == [] and 'variable' in [s.fate for s in config.settings]
+
+
+@pytest.mark.parametrize('line', ['processes = 04', 'harakiri = 0.50', 'harakiri = 010'])
+def test_a_number_may_be_written_in_any_way(tmp, line):
+    assert load(tmp, line).warnings == []
+
+
+def test_a_value_may_have_any_number_of_references(tmp):
+    assert load(tmp, 'one = 1\npyargv = ' + '%(one)' * 3000).pyargv == '1' * 3000
+
+
+def test_what_many_turns_of_a_loop_say_takes_no_time(tmp):
+    """difflib took a millisecond each time."""
+    began = time.process_time()
+    config = load(tmp, 'for-times = 9000\nvaccum = 1\nendfor =')
+    assert said(config) and time.process_time() - began < 3
 
 
 def test_strict_makes_unknown_options_errors(tmp):
@@ -1096,6 +1118,14 @@ class TestSockets:
         code, output = run(tmp, 'app.ini')
         assert code == 1 and f'pid {server.pid} ' in output and 'another server listens there' in output
         assert server.ask().body == b'hello\n'
+
+    def test_a_living_servers_socket_where_too_many_wait_is_refused_too(self, tmp):
+        with socket.socket(socket.AF_UNIX) as other, socket.socket(socket.AF_UNIX) as client:
+            other.bind(str(tmp / 's'))
+            other.listen(0)
+            client.connect(str(tmp / 's'))
+            code, output = run(tmp, '--socket', 's', 'minuwsgi:demo')
+            assert code == 1 and 'another server listens there' in output and (tmp / 's').exists()
 
     @pytest.mark.parametrize('make', [
         lambda path: path.write_text('precious'), lambda path: path.mkdir(), lambda path: path.symlink_to('elsewhere')])
@@ -2806,11 +2836,12 @@ def test_a_slow_download_holds_nobody_and_its_connection_is_kept(static):
         assert client.get('/s/a.txt').body == b'0123456789'
 
 
-def test_static_expires_that_cannot_be_read_stops_the_start(tmp):
+@pytest.mark.parametrize('expires', ['*.css soon', '*.css -5', '*.css', '*( 5'])
+def test_static_expires_that_cannot_be_read_stops_the_start(tmp, expires):
     (tmp / 'app.py').write_text(FALLS_THROUGH)
     code, output = run(tmp, '--http-socket', f'127.0.0.1:{free_port()}', '--check-static', '.',
-                       '--static-expires', '*.css soon', 'app.py')
-    assert code == minuwsgi.EXIT_NO_APP and 'static-expires = *.css soon' in output
+                       '--static-expires', expires, 'app.py')
+    assert code == minuwsgi.EXIT_NO_APP and f'static-expires = {expires}' in output
 
 
 def test_a_browser_loads_a_page_with_30_files_over_kept_connections(start):
