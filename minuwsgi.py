@@ -960,11 +960,12 @@ class RequestLog:
         get, status, sent, head, headers = environ.get, (response.status or '500')[:3], 0, 0, 0
         if response.sent:
             sent, head, headers = response.size, len(response.head), response.headers
-        config = self.config            # with disable-logging, some requests are logged all the same
-        if not (self.all or config.log_4xx and status[0] == '4' or config.log_5xx and status[0] == '5'
-                or config.log_slow and took * 1000 >= config.log_slow or config.log_zero and not sent
-                or config.log_big and sent >= config.log_big):
-            return
+        if not self.all:                                # with disable-logging, some requests are logged all the same
+            config = self.config
+            if not (config.log_4xx and status[0] == '4' or config.log_5xx and status[0] == '5'
+                    or config.log_slow and took * 1000 >= config.log_slow or config.log_zero and not sent
+                    or config.log_big and sent >= config.log_big):
+                return
         address = self.forwarded and get('HTTP_X_FORWARDED_FOR') or get('REMOTE_ADDR', '')
         if self.format:
             line = self.formatted(environ, took, {
