@@ -1136,6 +1136,9 @@ class Listener:
         self.name, self.host, self.port = name_of(where), 'localhost', '80'
         if type(where) is tuple:
             self.host, self.port = self.name.rsplit(':', 1)
+            if protocol == 'uwsgi' and not f'{where[0]}.'.startswith(('127.', '::1.')):
+                log(f'warning: {self.name} believes whoever reaches it, as the uwsgi protocol has it (REMOTE_ADDR, '
+                    'REMOTE_USER …): let a firewall admit the web server alone, or bind 127.0.0.1 or a path')
 
     def bind_unix(self, path, config):
         self.socket = socket.socket(socket.AF_UNIX)
@@ -2969,7 +2972,7 @@ class Core:
             self.kept.poll.unregister(fd)
         return self.worker.next_offloader().take(fd, job, done)
 
-    # -- several listeners, HTTP, threads
+    # -- several listeners, HTTP, threads; and a stop
 
     def wait(self):
         """Stands in for accept(): (descriptor, address) of the next connection that speaks uwsgi, or (descriptor,
@@ -3067,8 +3070,8 @@ class Core:
 # of a closed pipe in the place of the listening descriptor (dup2): the accept() that was
 # interrupted is tried again by Python (PEP 475) and fails; a connection that came before is served.
 # Core.wait() finds this pipe in its epoll, and KeptConnections.look_at_time() ends it. If all end
-# (SIGTERM), those who wait at the socket by then are served too; they are counted, as others may come
-# for ever.
+# (SIGTERM), those who wait at the socket by then are served too, by Core.wait() whatever took them
+# before; they are counted, as others may come for ever.
 #
 # A signal between Python's check and the system call would go unnoticed until the next connection,
 # which is why the master repeats it. (SIGIO, by which the kernel tells of the master's death, comes
@@ -3084,7 +3087,7 @@ class ForkGuard:
     no socket for longer than we do. Signals wait meanwhile, since they would find it half done."""
 
     def __init__(self, signals, descriptors):
-        self.signals, self.descriptors = signals, descriptors
+        self.signals, self.descriptors, self.pid = signals, descriptors, os.getpid()
         self.active, self.is_worker = True, False       # is_worker: will the next child be one?
         self.dead_end, other_end = os.pipe()            # stands in for what a process should use no more
         os.close(other_end)
@@ -3109,12 +3112,12 @@ class ForkGuard:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
         self.active = False                             # its own forks are its own business
 
-    def end_child(self, error):
-        """End what the application forked and what came back to us, instead of ending itself; error: by what."""
-        if not self.active:
-            if not isinstance(error, SystemExit):
-                log(f'a process that the application forked came back from there, and is ended: {error!r}; it should '
-                    'call os._exit(), or be made by subprocess')
+    def end_child(self, how):
+        """End what the application forked and what came back to us, instead of ending itself."""
+        if os.getpid() != self.pid:                     # some fork in C, and tell no hook
+            if not isinstance(how, SystemExit):
+                log(f'a process that the application forked came back ({how!r}), and is ended: it should call '
+                    'os._exit(), or be made by subprocess')
             flush_streams()
             os._exit(1)
 
@@ -3250,17 +3253,19 @@ class Worker:
         if self.stopping:                               # the master repeats it, to interrupt accept()
             return
         self.stopping, self.rows[0].numbers[LEAVING] = True, 2          # 2: the master sees that it was heard
-        blocking = not self.kept
+        blocking, descriptors = not self.kept, list(self.listeners)
         if blocking and number == signal.SIGTERM:
             (listener,) = self.listeners.values()
             with contextlib.suppress(OSError):          # there may be no descriptor left for it
-                listener.socket = listener.socket.dup()
+                self.in_accept = listener.socket        # to be closed by nobody: its descriptor will be the dead end
+                listener.socket = self.in_accept.dup()
+                self.listeners[listener.socket.fileno()] = listener
                 # This makes it non-blocking, for all that share it: they stop too, or see must_stop().
                 self.kept = KeptConnections({listener.socket.fileno(): listener}, self.config, self.guard.dead_end)
         if self.kept:
             self.kept.stop({signal.SIGTERM: math.inf, signal.SIGHUP: 1}.get(number, 0))
         if blocking or number == signal.SIGIO:          # the next master must be able to bind
-            for fd in self.listeners:
+            for fd in descriptors:
                 os.dup2(self.guard.dead_end, fd, inheritable=False)
 
     def descriptors(self):
@@ -4314,19 +4319,27 @@ class Pidfile:
             raise ConfigError(f"pidfile = {address}: can't write it: {error.strerror}") from None
 
 
-def known_in(there, address, protocol):
-    """The one of `there` that an address in an option means, or None. [::]:80 is 0.0.0.0:80 too to the kernel, if not
-    told otherwise."""
-    name = address
+def activated():
+    """{name: descriptor} of the sockets that systemd has bound for us, see sd_listen_fds(3)."""
+    found, pid, many = {}, os.environ.pop('LISTEN_PID', ''), os.environ.pop('LISTEN_FDS', '0')
+    for fd in range(3, 3 + int(many)) if pid == str(os.getpid()) else ():
+        with socket.socket(fileno=os.dup(fd)) as listener:
+            found[name_of(listener.getsockname())] = fd
+    return found
+
+
+def known_in(there, name):
+    """The key of `there` (names of the kernel) that a name in an option means, or None. [::]:80 is 0.0.0.0:80 too to
+    the kernel, if not told otherwise."""
     with contextlib.suppress(ConfigError, OSError, ValueError):         # acquire() will tell
-        kind, where = parse_address(address)
-        name = f'fd://{where}' if kind == 'fd' else name_of(where if kind == 'unix' else resolve(*where)[-1])
+        kind, where = parse_address(name) if there else ('fd', 0)
+        if kind != 'fd':
+            name = name_of(where if kind == 'unix' else resolve(*where)[-1])
     names = name, name.replace('[::]', '0.0.0.0'), name.replace('0.0.0.0', '[::]')
-    return next((one for one in there if 'pidfile' not in (protocol, one.protocol)
-                 and (one.name in names or f'fd://{one.socket.fileno()}' == name)), None)
+    return next((one for one in names if one in there), None)
 
 
-def acquire(config, owned, address, protocol, inode=None, fd=None):
+def acquire(config, owned, address, protocol, inode, fd):
     """Bind an address, or create the pidfile; or, with a descriptor, go on with what is there already."""
     with config.errors_at(address):
         owned.append((Pidfile if protocol == 'pidfile' else Listener)(config, address, protocol, inode, fd))
@@ -4353,43 +4366,46 @@ def is_lost(one):
 
 
 def bind(config, owned):
-    """Own what the options name, listeners and the pidfile. What they name no more."""
-    names = addresses(config)
+    """Own what the options name, listeners and the pidfile. What they name no more, for disown()."""
+    names, given = addresses(config), activated()
     config.socket_owner = socket_owner(config)          # a mistake in it is told before anything is bound
-    pid, many = os.environ.pop('LISTEN_PID', ''), os.environ.pop('LISTEN_FDS', '0')
-    given = range(3, 3 + int(many)) if pid == str(os.getpid()) else ()          # by systemd, see sd_listen_fds(3)
-    for fd in set(given).difference(one.socket.fileno() for one in owned):
-        acquire(config, owned, f'fd://{fd}', None, fd=fd)
-    before = {(one.address, one.protocol): one for one in owned if (one.address, one.protocol) in names}
-    unwanted = [one for one in owned if one not in before.values()]     # of two with one name the first is a lost one
-    for name in names:
-        again = known_in(unwanted, *name) if unwanted and name not in before else None
-        if again:                                       # it goes on with another name or protocol
-            unwanted.remove(again)
-            again.address, again.protocol = name
-        elif name not in before:
-            acquire(config, owned, *name)
+    wanted = {name: given.pop(known_in(given, name[0]), None) for name in names}
+    wanted.update({(f'fd://{fd}', config.protocol): fd for fd in given.values() if f'fd://{fd}' not in dict(names)})
+    before = {(one.address, one.protocol): one for one in owned if (one.address, one.protocol) in wanted}
+    unwanted = [one for one in owned if one not in before.values()]     # of two with one name the first lost its file
+    spare = {one.name: (one.inode, one.socket.fileno()) for one in unwanted}
+    for name, fd in wanted.items():
+        if name not in before:                          # what is spare may go on with another name or protocol
+            again = known_in(spare, name[0]) if fd is None else None
+            acquire(config, owned, *name, *spare.get(again, (None, fd)))
         elif is_lost(before[name]):
             try:
-                acquire(config, owned, *name)
+                acquire(config, owned, *name, None, None)
                 unwanted.append(before[name])
             except ConfigError as error:
                 log(f'warning: the file of the socket was removed, and {error}')
-    for one in [one for one in unwanted if one.socket.fileno() in given]:       # systemd wants it, whatever its name
-        unwanted.remove(one)
-        one.address, one.protocol = f'fd://{one.socket.fileno()}', config.protocol
     ours = [one for one in owned if one not in unwanted]
     if not any(one.protocol in ('uwsgi', 'http') for one in ours):
         raise ConfigError(NO_SOCKET)
-    for one in ours:
-        if one.protocol == 'uwsgi' and not one.host.startswith(('localhost', '127.', '[::1]')):
-            log(f'warning: {one.name} believes whoever reaches it, as the uwsgi protocol has it (REMOTE_ADDR, '
-                'REMOTE_USER …): let a firewall admit the web server alone, or bind 127.0.0.1 or a path')
     log('listening on ' + ', '.join(f'{one.name} ({one.protocol})' for one in ours if one.protocol != 'pidfile'))
     if config.listen > LISTEN_MAX:
         log(f'listen = {config.listen}: the kernel allows {LISTEN_MAX}; '
             f'for more: sysctl net.core.somaxconn={config.listen}')
     return unwanted
+
+
+def disown(owned, unwanted):
+    """Not before the new code is loaded: the old workers may have to serve on. Do only they listen somewhere now?"""
+    kept = {one.socket.fileno() for one in owned if one not in unwanted}
+    dropped = any(one.protocol in ('uwsgi', 'http') and one.socket.fileno() not in kept for one in unwanted)
+    for one in unwanted:
+        owned.remove(one)                               # first: ForkGuard asks for the descriptors of all that is there
+        if one.socket.fileno() in kept:                 # it has another name or protocol now
+            one.socket.detach()
+        else:
+            vacuum(one)
+        one.socket.close()
+    return dropped
 
 
 def drop_privileges(config):
@@ -4518,14 +4534,10 @@ def start_and_run(config, start, owned):
             if not reloaded:
                 raise                                   # else run() finds the signal in the pipe, and stops all
         code = EXIT_NO_APP if application is None else 0
-        guard.end_child('the import is over')
+        guard.end_child('from the import')
     if code and not reloaded:
         return code
-    for one in unwanted if not code else ():            # not before: the old workers might have had to serve on
-        owned.remove(one)                               # first: ForkGuard asks for the descriptors of all that is there
-        vacuum(one)
-        one.socket.close()
-    dropped = not code and any(one.protocol in ('uwsgi', 'http') for one in unwanted)
+    dropped = not code and disown(owned, unwanted)
     catch_signals(wake)
     master = Master(config, owned, application, start, guard, signals, uwsgi, workers, touched, dropped)
     if code:
