@@ -676,8 +676,8 @@ class Config:
         skipped; None if all is."""
         expression = substitute('(', expression, lambda inner: self.compute(inner, within))
         result = operator = None
-        words = [{'++': '+ 1', '--': '- 1'}.get(word, word) for word in expression.split()]
-        for token in ' '.join(words).split():
+        steps = {'++': '+ 1', '--': '- 1'}              # as words of their own: a name may hold them too
+        for token in ' '.join(steps.get(word, word) for word in expression.split()).split():
             text = token if token.isdecimal() else None if token in within else self.first(token)
             if token in ('+', '-', '*', '/'):
                 operator = token
@@ -2453,7 +2453,7 @@ class Offloader:
         os.set_blocking(self.wake_read, False)
         self.poll.register(self.wake_read, select.EPOLLIN)
         self.jobs = {}          # fd -> (job, done, event that it waits for, seconds for it, unread bytes, deadline)
-        self.ending = False     # is one in none of both, because it ends?
+        self.ending = False                             # is there one that jobs has no more, but done() not yet?
 
     def take(self, fd, job, done):
         """Queue a job for the thread. When it has ended, done(fd, ok) is called and owns fd; ok: all was sent."""
@@ -2576,7 +2576,8 @@ class Row:
 class Connection:
     """A client's connection over HTTP, between and during its requests."""
 
-    __slots__ = 'fd template address port data end fields new_environ keep length deadline events'.split()
+    __slots__ = ('fd', 'template', 'address', 'port', 'data', 'end', 'fields', 'new_environ', 'keep', 'length',
+                 'deadline', 'events')
 
     def __init__(self, fd, template, address):
         self.fd, self.template = fd, template
@@ -2918,7 +2919,7 @@ class Core:
     def failed(self, error):
         """The one place where the exceptions of a request end."""
         self.row.numbers[STARTED] = 0.0                 # harakiri must not break this off too
-        self.worker.guard.end_child(error)
+        self.worker.guard.end_child('its request', error)
         response, request = self.response, self.row.request()
         response.keep, status, why = False, '500 Internal Server Error', ''
         if isinstance(error, ClientGone):
@@ -3112,12 +3113,13 @@ class ForkGuard:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, self.signals)
         self.active = False                             # its own forks are its own business
 
-    def end_child(self, how):
-        """End what the application forked and what came back to us, instead of ending itself."""
-        if os.getpid() != self.pid:                     # some fork in C, and tell no hook
-            if not isinstance(how, SystemExit):
-                log(f'a process that the application forked came back ({how!r}), and is ended: it should call '
-                    'os._exit(), or be made by subprocess')
+    def end_child(self, where, error=None):
+        """End what the application forked and what came back to us from there, instead of ending itself."""
+        if os.getpid() != self.pid:                     # not `active`: who forks in C tells no hook
+            if not isinstance(error, SystemExit):
+                log(f'a process that the application forked came back from {where}, and is ended'
+                    + ('' if error is None else f': {error!r}') + '; it should call os._exit(), or be made by '
+                    'subprocess')
             flush_streams()
             os._exit(1)
 
@@ -3174,7 +3176,8 @@ class Worker:
                 thread.start()
         if self.config.py_autoreload and self.number == 1 and self.master_pid:
             import threading
-            threading.Thread(target=self.watch_modules, args=(times_of_modules(),), daemon=True).start()
+            threading.Thread(target=self.watch_modules, args=(times_of_modules(),), name='py-autoreload',
+                             daemon=True).start()
         self.tell_master(READY)
         cores[0].serve()
         if cores[0].kept is not self.kept:              # it was told to stop in accept(): see on_stop()
@@ -3275,7 +3278,7 @@ class Worker:
 
     def must_stop(self, error):
         """After a failed accept(): is it because of a stop? Otherwise wait until it may go better."""
-        self.guard.end_child(error)
+        self.guard.end_child('its request', error)
         if self.stopping:
             return True
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
@@ -4331,8 +4334,10 @@ def activated():
 def known_in(there, name):
     """The key of `there` (names of the kernel) that a name in an option means, or None. [::]:80 is 0.0.0.0:80 too to
     the kernel, if not told otherwise."""
+    if not there:                       # mostly: no host is looked up
+        return None
     with contextlib.suppress(ConfigError, OSError, ValueError):         # acquire() will tell
-        kind, where = parse_address(name) if there else ('fd', 0)
+        kind, where = parse_address(name)
         if kind != 'fd':
             name = name_of(where if kind == 'unix' else resolve(*where)[-1])
     names = name, name.replace('[::]', '0.0.0.0'), name.replace('0.0.0.0', '[::]')
@@ -4358,11 +4363,13 @@ def addresses(config):
 
 def is_lost(one):
     """Has somebody removed the file of a socket? (A pidfile holds by its lock.)"""
+    if not one.inode or one.protocol == 'pidfile':
+        return False
     try:
-        if one.inode and one.protocol != 'pidfile':
-            os.lstat(one.name)
+        os.lstat(one.name)
     except OSError as error:
         return error.errno == errno.ENOENT              # else it may be there, where we have no right to look any more
+    return False
 
 
 def bind(config, owned):
@@ -4490,7 +4497,7 @@ def open_logs(config, start, reloaded):
 
 
 def set_up(config, start, owned, inherited):
-    """What may need root's rights, up to giving them up. What isn't named any more."""
+    """What may need root's rights, up to giving them up. What isn't named any more, for disown()."""
     for one in inherited:                               # first what must not get lost, whatever fails
         acquire(config, owned, *one)
     if config.errors:
@@ -4534,7 +4541,7 @@ def start_and_run(config, start, owned):
             if not reloaded:
                 raise                                   # else run() finds the signal in the pipe, and stops all
         code = EXIT_NO_APP if application is None else 0
-        guard.end_child('from the import')
+        guard.end_child('the import')
     if code and not reloaded:
         return code
     dropped = not code and disown(owned, unwanted)

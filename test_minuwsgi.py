@@ -648,11 +648,13 @@ def test_a_value_may_have_any_number_of_references(tmp):
     assert load(tmp, 'one = 1\npyargv = ' + '%(one)' * 3000).pyargv == '1' * 3000
 
 
-def test_what_many_turns_of_a_loop_say_takes_no_time(tmp):
-    """difflib took a millisecond each time."""
-    began = time.process_time()
-    config = load(tmp, 'for-times = 9000\nvaccum = 1\nendfor =')
-    assert said(config) and time.process_time() - began < 3
+def test_what_many_turns_of_a_loop_say_is_found_once(tmp):
+    """To look for a similar name took 50 times as long as the rest."""
+    def seconds(name):
+        began = time.process_time()
+        load(tmp, f'for-times = 9000\n{name} = 1\nendfor =')
+        return time.process_time() - began
+    assert seconds('vaccum') < 10 * seconds('vacuum')
 
 
 def test_strict_makes_unknown_options_errors(tmp):
@@ -3917,7 +3919,7 @@ class TestForks:
     def test_one_that_comes_back_from_the_import_removes_nothing(self, start, end):
         server = start(f'import os, sys\nif not os.fork(): {end}\nelse: os.wait()\n' + HELLO, 'vacuum = true')
         assert server.ask().body == b'hello\n'
-        assert 'came back' in server.log and server.log.count('ready') == 1
+        assert 'came back from the import' in server.log and server.log.count('ready') == 1
         server.tracebacks_expected = True
 
     def test_one_that_is_interrupted_removes_nothing(self, start, tmp):
