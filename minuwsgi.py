@@ -2989,13 +2989,15 @@ class Core:
                         if fd == kept.dead_end:         # it stays so, for all threads
                             time.sleep(0.01)
                         continue
-                    if self.worker.stopping and not kept.may_accept(fd):
+                    draining = self.worker.stopping
+                    if draining and not kept.may_accept(fd):
                         continue
                     self.saw_any = True
                     try:
                         new, address = listener.socket._accept()
                     except BlockingIOError:             # another worker was faster
-                        kept.undrained.pop(fd, None)
+                        if draining:                    # else a stop may just have counted one who has come since
+                            kept.undrained.pop(fd, None)
                         continue
                     self.accepts += 1
                     if self.accepts % 16:               # another one may wait: try without epoll_wait(), -1 us; but
