@@ -4571,13 +4571,16 @@ def run_server(config, start):
         for one in owned if config.vacuum else ():
             vacuum(one)
     for number in signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2:
-        signal.signal(number, signal.SIG_IGN)           # at Python's own end they would kill
+        signal.signal(number, signal.SIG_IGN)
     for number in signal.SIGINT, signal.SIGQUIT:        # whatever the end waits for
         signal.signal(number, lambda *_: os._exit(code))
     if start.at_once:
         flush_streams()
         os._exit(code)
-    return finish_process(config.worker_reload_mercy, code)
+    finish_process(config.worker_reload_mercy, code)
+    for number in signal.SIGINT, signal.SIGQUIT:
+        signal.signal(number, signal.SIG_IGN)           # Python's own end resets handlers: they would kill
+    return code
 
 
 def send_signal(what, name='PIDFILE'):

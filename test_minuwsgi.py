@@ -4100,6 +4100,22 @@ os.register_at_fork(after_in_child=lambda: threading.Thread(target=linger).start
         assert server.wait() == 0
         assert (tmp / 'thread').read_text() == (tmp / 'atexit').read_text() == 'done'
 
+    @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGQUIT])
+    def test_a_signal_at_pythons_own_end_leaves_the_exit_code(self, start, tmp, number):
+        os.mkfifo(tmp / 'fifo')
+        server = start(HELLO + """
+import os, sys
+class Last:
+    def __del__(self, open=os.open, read=os.read, pid=os.getpid, master=os.getpid()):
+        if pid() == master:
+            read(open('fifo', 0), 1)
+sys.last = Last()
+""")
+        server.kill(signal.SIGTERM)
+        with open(tmp / 'fifo', 'w'):                   # its end deletes what modules hold
+            server.kill(number)
+        assert server.wait() == 0
+
     def test_stop_and_reload_by_pidfile(self, start, tmp):
         server = start(ini='pidfile = p')
         assert run(tmp, '--reload', 'p') == (0, '')
