@@ -123,7 +123,7 @@ vacuum | flag | false | remove unix sockets and the pidfile at the end
 socket-timeout -z | positive | 4 | seconds for the head of a request, and for a client that makes no progress
 http-timeout | positive | 60 | seconds for an idle client, or one that reads slowly while no worker waits
 limit-post | number | 0 | the largest request body in bytes (0: any)
-trust-proxy | network+ | | believe X-Forwarded-For and -Proto from this address, or network 10.0.0.0/8
+trust-proxy | network+ | | believe X-Forwarded-For and -Proto from 10.0.0.1, 10.0.0.0/8, or a unix socket
 add-header | header+ | | a header for every response: Name: value
 Processes
 master -M | flag | true | `false`: no fork, one process that serves, for a debugger
@@ -494,7 +494,7 @@ def command_line(arguments):
         if argument[:2] != '--':
             name, equals, value = argument[:2], argument[2:], argument[2:].lstrip('=')
         option = BY_NAME.get(name)
-        optional = not option or option.kind == 'octal'
+        optional = not option or option.kind == 'octal' or option.name == 'log-date'
         if not option and fate(name)[0] == 'unknown':
             raise ConfigError(f'command line: {argument}: {describe(name)}; see --help')
         if not equals and not (option and option.kind == 'flag'):
@@ -502,7 +502,7 @@ def command_line(arguments):
                 value = rest.pop(0)
             elif not optional:
                 raise ConfigError(f'command line: {argument} needs a value: {option.expected}')
-        lines.append((option.name if option else name, value, COMMAND_LINE))
+        lines.append((option.name if argument[:2] != '--' and option else name, value, COMMAND_LINE))
     return lines + targets
 
 
@@ -559,7 +559,7 @@ class Config:
         self.logto = self.daemonize or self.logto or (self.logger[-1] if self.logger else None)
         for setting in self.settings if self.logto else ():
             names_log = BY_NAME.get(setting.name) in map(BY_NAME.get, ('daemonize', 'logto', 'logger'))
-            if names_log and self.logto not in setting.value and not setting.reason:
+            if (names_log or setting.value == 'stdio') and self.logto not in setting.value and not setting.reason:
                 setting.warnings.append(f'{setting.name} does nothing: there is one log, and that is {self.logto}')
         if self.module and self.wsgi_file:
             self.setters['wsgi-file'].warnings.append('wsgi-file is for the case that module is not there')
@@ -904,8 +904,13 @@ def log_now_and_then(cause, message):
 
 def log_exception(message):
     """Log a message and the traceback of the exception that is being handled."""
-    import traceback
-    log(f'{message}\n{traceback.format_exc().rstrip()}')
+    error = sys.exc_info()[1]
+    try:
+        import traceback
+        text = traceback.format_exc().rstrip()
+    except Exception:                                   # no memory, or no descriptor to read it with
+        text = repr(error)
+    log(f'{message}\n{text}')
 
 
 def flush_streams():
@@ -989,7 +994,8 @@ class RequestLog:
             'micros': int(took * 1e6), 'msecs': int(took * 1e3), 'secs': f'{took:.6f}',
             'tmsecs': int((now - took) * 1e3), 'tmicros': int((now - took) * 1e6), 'time': int(now - took),
             'epoch': int(now), 'ctime': self.date, 'ltime': local, 'ftime': local, 'pid': os.getpid(),
-            'wid': self.worker, 'core': self.core, 'req': self.total[0], 'switches': 1, 'modifier1': 0, 'modifier2': 0})
+            'wid': self.worker, 'core': self.core, 'req': self.total[0], 'switches': 1,
+            **dict.fromkeys(('modifier1', 'modifier2', 'rss', 'rssM', 'vsz', 'vszM', 'werr', 'rerr', 'ioerr'), 0)})
 
         def fill(name):
             value = get(name[4:]) if name[:4] == 'var.' else values.get(name)
@@ -1006,6 +1012,22 @@ class RequestLog:
 # another server may have taken the name over.
 
 LISTEN_MAX = int(read_if_there('/proc/sys/net/core/somaxconn') or 1 << 30)     # the kernel cuts silently: listen(2)
+
+
+@contextlib.contextmanager
+def borrowed(fd):
+    """A socket.socket for the descriptor of somebody else, which is left as it is: open, and blocking if it blocks
+    (with a default timeout, socket.socket() would change that). Not beside threads that make sockets."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(None)
+    try:
+        one = socket.socket(fileno=fd)
+    finally:
+        socket.setdefaulttimeout(timeout)
+    try:
+        yield one
+    finally:
+        one.detach()
 
 
 def inode_of(status):
@@ -1113,6 +1135,11 @@ def resolve(host, port):
     return socket.getaddrinfo(host or '0.0.0.0', port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
 
 
+HINTS = {errno.EADDRINUSE: '; ss -ltnp tells by whom',
+         errno.EACCES: '; this user may not write there, or take over what another user has left (remove it then); '
+                       'ports below 1024 are for root, see uid'}
+
+
 class Listener:
     """A listening socket. protocol: 'uwsgi', 'http', 'stats'.  inode, fd: of one that is inherited, and not bound."""
 
@@ -1130,7 +1157,7 @@ class Listener:
             self.backlog = min(config.listen, LISTEN_MAX)
             self.socket.listen(self.backlog)
         except (OSError, ValueError) as error:
-            hint = '; ss -ltnp tells by whom' if getattr(error, 'errno', 0) == errno.EADDRINUSE else ''
+            hint = HINTS.get(getattr(error, 'errno', 0), '')
             raise ConfigError(f"can't bind {address}: {getattr(error, 'strerror', None) or error}{hint}") from None
         where = self.socket.getsockname()               # for the log and the environ it is what the kernel says
         self.name, self.host, self.port = name_of(where), 'localhost', '80'
@@ -1540,7 +1567,7 @@ def client_address(environ, trusted):
         parsed = getattr(parsed, 'ipv4_mapped', None) or parsed         # how [::] sees who comes over IPv4
         return any(parsed in network for network in trusted)
     with contextlib.suppress(ValueError):               # no address (a unix socket has none)
-        if not trusts(environ['REMOTE_ADDR']):
+        if environ['REMOTE_ADDR'] and not trusts(environ['REMOTE_ADDR']):       # who may use our unix socket is trusted
             return
         scheme = words(environ.get('HTTP_X_FORWARDED_PROTO', ''))[-1]
         if scheme in ('http', 'https'):
@@ -1707,10 +1734,10 @@ class EmptyInput(io.RawIOBase):
 class Body(io.RawIOBase):
     """A request body: what came with the head, then what the connection brings. io.BufferedReader makes wsgi.input
     of it.  left: bytes that are still to come, endless as long as the end of a chunked body (-1) isn't read.
-    waited(seconds) is told how long the client let us wait."""
+    lend(seconds) gives the request so much more time, which is that of the client."""
 
-    def __init__(self, fd, begun, left, timeout, limit, waited):
-        self.fd, self.timeout, self.waited = fd, timeout, waited
+    def __init__(self, fd, begun, left, timeout, limit, lend):
+        self.fd, self.timeout, self.lend = fd, timeout, lend
         self.left = left if left >= 0 else math.inf
         self.begun = bytearray(begun)   # received, and not used; to delete its beginning doesn't move the rest
         self.patience = timeout         # how long we would wait: what comes slower than SLOWEST uses it up
@@ -1740,10 +1767,13 @@ class Body(io.RawIOBase):
             for event, _ in send_chunks(self.fd, [b'HTTP/1.1 100 Continue\r\n\r\n'], 0):
                 wait_for(self.fd, event, self.patience)
         began = time.monotonic()
-        got = read_some(self.fd, self.buffer, began + self.patience)
-        waited = time.monotonic() - began
+        self.lend(self.patience)
+        try:
+            got = read_some(self.fd, self.buffer, began + self.patience)
+        finally:
+            waited = time.monotonic() - began
+            self.lend(waited - self.patience)
         self.patience = min(self.timeout, self.patience - waited + got / SLOWEST)
-        self.waited(waited)
         self.begun += self.buffer[:got]
 
     def read_piece(self, size):
@@ -2163,8 +2193,10 @@ def with_static_files(config, application):
     import mimetypes
     mimetypes.init()                                    # once, before the fork
     for _, target in mounts:
-        if not os.path.exists(target):
-            log(f'static files: there is no {target}')
+        try:
+            os.stat(target)
+        except OSError as error:
+            log(f'static files: {target}: {error.strerror}')
     safe = [os.path.realpath(directory) for directory in config.static_safe]
     expires = [expiry(value) for value in config.static_expires]
 
@@ -2173,9 +2205,11 @@ def with_static_files(config, application):
             path = os.fsdecode(environ['PATH_INFO'].encode('latin-1'))
             for name, _, rest, _ in find_files(mounts, path, config.static_index, safe):
                 seconds = next((seconds for matches, seconds in expires if matches(path)), None)
-                with contextlib.suppress(OSError):      # it isn't ours to read
+                try:
                     if not rest:
                         return send_static(environ, start_response, open(name, 'rb', buffering=0), seconds)
+                except OSError as error:
+                    log_now_and_then('static', f'static files: {name}: {error.strerror}')
         return application(environ, start_response)
     return static_or_application
 
@@ -2302,7 +2336,6 @@ def become(command, sockets, master):
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     free = [fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, 3 + len(sockets)) for one in sockets]
     for target, fd in enumerate(free, 3):
-        os.set_blocking(fd, True)
         os.dup2(fd, target)
     os.dup2(free[0], 0)
     os.environ.update(LISTEN_FDS=str(len(free)), LISTEN_PID=str(os.getpid()))
@@ -2539,8 +2572,8 @@ class Offloader:
 # those that are silent or slow hold nobody.
 
 # A row of the scoreboard, one for each core, in shared memory: the last packet, then these numbers.
-# READY: 1, or from when on it counts as ready. STARTED: when its request began, later by what its client took; 0: there
-# is none; -1: its head is still coming. RUNNING: seconds in all.
+# READY: 1, or from when on it counts as ready. STARTED: when its request began, later by what its client takes, even in
+# the future while we wait for it; 0: there is none; -1: its head is still coming. RUNNING: seconds in all.
 # LEAVING: 1 wants a successor, 2 has heard that it must stop.
 PID, NUMBER, READY, STARTED, REQUESTS, ERRORS, RUNNING, LEAVING = range(8)
 NUMBERS = PACKET_MAX + 261              # where they begin: Expected.rest() looks up to 258 bytes beyond a bad packet
@@ -2906,14 +2939,14 @@ class Core:
         if 0 <= length <= len(begun):
             environ['wsgi.input'] = io.BytesIO(begun[:length])
             return None
-        body = Body(fd, begun, length, self.config.socket_timeout, limit, self.not_its_time)
+        body = Body(fd, begun, length, self.config.socket_timeout, limit, self.lend)
         if self.response.http == 'HTTP/1.1' and not begun:
             body.wants_continue = environ.get('HTTP_EXPECT', '').lower() == '100-continue'
         environ['wsgi.input'] = io.BufferedReader(body, READ_MAX)
         return body
 
-    def not_its_time(self, seconds):
-        """Time that the client took doesn't count for harakiri."""
+    def lend(self, seconds):
+        """Time that the client takes doesn't count for harakiri."""
         self.row.numbers[STARTED] += seconds
 
     def failed(self, error):
@@ -2981,7 +3014,7 @@ class Core:
         kept = self.kept
         while True:
             while self.ready:
-                fd, _ = event = self.ready.pop()
+                fd, _ = event = self.ready.pop(0)      # in their order: others may be free for those that wait
                 connection = kept.parked.pop(fd, None)
                 if connection is None:
                     listener = kept.listeners.get(fd)
@@ -2995,13 +3028,15 @@ class Core:
                     self.saw_any = True
                     try:
                         new, address = listener.socket._accept()
-                    except BlockingIOError:             # another worker was faster
-                        if draining:                    # else a stop may just have counted one who has come since
+                    except OSError as error:
+                        if draining:                    # if not, a stop may just have counted one who has come since
                             kept.undrained.pop(fd, None)
+                        elif error.errno != errno.EAGAIN:       # that is: another worker was faster
+                            raise
                         continue
                     self.accepts += 1
                     if self.accepts % 16:               # another one may wait: try without epoll_wait(), -1 us; but
-                        self.ready.insert(0, event)     # now and then it has to tell of the kept connections
+                        self.ready.append(event)        # now and then it has to tell of the kept connections
                     if listener.protocol == 'uwsgi':
                         return new, address
                     connection = Connection(new, self.templates[fd], address)
@@ -3084,6 +3119,13 @@ STOP_SIGNALS = signal.SIGTERM, signal.SIGHUP, signal.SIGIO      # for a worker
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD
 
 
+def local_name(fd):
+    """What a listener has in common with all that it accepts: family, type, path or port. None for no socket."""
+    with contextlib.suppress(OSError), borrowed(fd) as one:
+        name = one.getsockname()
+        return one.family, one.type, name[1] if type(name) is tuple else name
+
+
 class ForkGuard:
     """What a fork() in this process means, from now on. A worker becomes what it has to be by itself. What the
     application forks is no server, and no worker: our signals aren't for it, no client waits for it, and it must hold
@@ -3098,7 +3140,6 @@ class ForkGuard:
 
     def before(self):
         if self.active:
-            self.inherited = self.descriptors()
             signal.pthread_sigmask(signal.SIG_BLOCK, self.signals)
 
     def in_parent(self):
@@ -3107,7 +3148,7 @@ class ForkGuard:
 
     def in_child(self):
         if self.active and not self.is_worker:
-            for fd in self.inherited:
+            for fd in self.descriptors():
                 os.dup2(self.dead_end, fd, inheritable=False)
             signal.set_wakeup_fd(-1)
             for number in self.signals:                 # they end a process again (multiprocessing's terminate())
@@ -3220,7 +3261,7 @@ class Worker:
         """Log the stacks of all threads if there are several: here they can't change, since that takes the GIL."""
         if len(self.rows) > 1:
             import faulthandler
-            with open(os.memfd_create('stacks'), 'rb', buffering=0) as file:
+            with contextlib.suppress(OSError), open(os.memfd_create('stacks'), 'rb', buffering=0) as file:
                 faulthandler.dump_traceback(file)       # not to the log itself, which may be stuck
                 log(os.pread(file.fileno(), 1 << 20, 0).decode('utf-8', 'backslashreplace'))
 
@@ -3274,13 +3315,16 @@ class Worker:
                 os.dup2(self.guard.dead_end, fd, inheritable=False)
 
     def descriptors(self):
-        """Listeners and clients, which a child must let go of."""
-        return [*self.listeners, *(core.response.fd for core in self.cores if core.row.numbers[STARTED]),
-                *(fd for one in self.offloaders for fd in [*one.jobs]), *(self.kept.parked if self.kept else ())]
+        """Listeners and clients, which a child must let go of. A thread may just have accepted one, and not said so."""
+        names = {local_name(fd) for fd in self.listeners}
+        return [fd for fd in map(int, os.listdir('/proc/self/fd')) if local_name(fd) in names - {None}]
 
     def must_stop(self, error):
         """After a failed accept(): is it because of a stop? Otherwise wait until it may go better."""
         self.guard.end_child('its request', error)
+        if error.errno == errno.EINVAL:                 # the master has ended it: a stop is on its way, or just came
+            time.sleep(0.01)
+            return False
         if self.stopping:
             return True
         if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
@@ -3361,7 +3405,7 @@ def import_file(name):
     file = os.path.abspath(name)
     if not os.path.isfile(file):
         raise ConfigError(f'there is no file {file}')
-    stem = os.path.basename(file).rpartition('.')[0]
+    stem = os.path.splitext(name)[0]                    # with its directory: wsgi.py is a common name
     loader = machinery.SourceFileLoader('wsgi_file_' + ''.join(c if c.isalnum() else '_' for c in stem), file)
     module = sys.modules[loader.name] = util.module_from_spec(util.spec_from_loader(loader.name, loader))
     loader.exec_module(module)
@@ -3428,7 +3472,8 @@ def load_application(config):
     for mount in config.mount:
         prefix, _, spec = map(str.strip, mount.partition('='))
         with config.errors_at(mount, 'mount'):
-            is_file = '.py:' in f'{spec}:' or '.wsgi:' in f'{spec}:'
+            name = spec if os.path.isfile(spec) else spec.rpartition(':')[0] or spec    # Django: project.wsgi:app
+            is_file = name.endswith('.py') or name.endswith('.wsgi') and ('/' in name or os.path.isfile(name))
             mounts[prefix.rstrip('/')] = load(spec, config.callable, is_file)
     for name, spec in ('module', config.module), ('wsgi-file', config.wsgi_file):
         try:
@@ -3473,7 +3518,7 @@ def look_before_fork():
     for fd in range(3, 256):
         with contextlib.suppress(OSError):              # there is no such descriptor, or it isn't connected
             if stat.S_ISSOCK(os.fstat(fd).st_mode):
-                with socket.socket(fileno=os.dup(fd)) as connection:
+                with borrowed(fd) as connection:
                     done.append(f'opened a connection to {connection.getpeername()}, which all workers would share')
     for what in done:
         log(f'warning: while it was loaded, the application {what}: do it in each worker '
@@ -3722,7 +3767,7 @@ class Child:
     def doing(self, before):
         """'at GET /path for 41 ms', with 'at ' before it; '' when it is idle."""
         now = time.monotonic()
-        requests = [f'{row.request()} for {(now - began) * 1000:.0f} ms' for began, row in self.busy()]
+        requests = [f'{row.request()} for {max(0, now - began) * 1000:.0f} ms' for began, row in self.busy()]
         return before + ', '.join(requests) if requests else ''
 
     def answered(self):
@@ -3739,12 +3784,16 @@ class Master:
         self.start, self.signals, self.touched = start, signals, touched        # {file to be touched: its time}
         self.listeners = [one for one in owned if one.protocol in ('uwsgi', 'http')]
         self.stats, self.command = Stats(self), worker_command(config)
+        if self.command and not any(foreign for *_, foreign, _, _ in workers):      # after that it's up to the programs
+            for listener in self.listeners:
+                listener.socket.setblocking(True)
         self.children = {pid: Child(pid, *rest) for pid, *rest in workers}      # at first those from before a reload
         # Twice as many as workers: those that were told to stop may go on for a while.
         self.all_rows = [[Row() for _ in range(config.threads)] for _ in range(2 * config.processes + 2)]
         self.total = memoryview(mmap.mmap(-1, 4096)).cast('Q')
         self.now, self.wake = time.monotonic(), math.inf        # of a turn: when it began, when the next is due
-        self.stopping, self.echo_until = 0, 0.0         # 1: gracefully, 2 and more: at once; see stop()
+        self.stopping, self.stopped_at = 0, -math.inf   # 1: gracefully, 2 and more: at once; see stop()
+        self.drained = False                            # have all been accepted who waited when the stop began?
         self.reload_wanted, self.proof, self.proof_began = False, None, 0.0     # proof: pid of who tries a reload
         self.announced = False
         self.failures, self.not_before = 0, 0.0         # deaths in a row, and the end of the back-off
@@ -3801,14 +3850,15 @@ class Master:
     def stop(self, at_once=False):
         """Once: when the requests at hand are finished; twice: at once. But timeout(1), and others, tell a process and
         then its group: what comes within half a second is the echo of the first."""
-        if self.now < self.echo_until and not at_once:
+        if self.now < self.stopped_at + 0.5 and not at_once:
             return
-        self.stopping, self.echo_until = self.stopping + 1 + at_once, self.now + 0.5
+        self.stopping, self.stopped_at = self.stopping + 1 + at_once, self.now
         self.start.at_once = self.stopping > 1
         busy = ''
         for child in self.children.values():
             child.told_at = min(child.told_at, self.now)
             busy += child.doing(f'; worker {child.number} busy with ')
+        self.refuse_newcomers()
         self.end_proof()
         log('stopping at once' if self.stopping > 1 else 'stopping' + busy)
         self.notify('STOPPING=1')
@@ -3834,7 +3884,9 @@ class Master:
         for child in self.children.values():
             if not child.killed:
                 self.keep_time(child)
-        if not self.stopping:
+        if self.stopping:
+            self.refuse_newcomers()
+        else:
             self.announce()                             # now that the old workers were told to stop
 
     def wake_at(self, when):
@@ -3872,6 +3924,7 @@ class Master:
         """A worker ended: say why if nobody asked it to, and slow down if that comes again and again."""
         os.close(child.hold)
         child.numbers[PID] = 0                          # another may have its rows
+        self.drained |= child.told_at == self.stopped_at        # it goes when nobody is left of those who waited
         told = child.told_at < math.inf and (self.stopping or code in (0, -signal.SIGTERM, -signal.SIGHUP))
         if child.killed or told:
             return
@@ -3970,6 +4023,17 @@ class Master:
             self.harakiris[child.number] += 1
         return f'harakiri = {config.harakiri}' if self.due(child.alarm[1] + config.harakiri_graceful_timeout) else ''
 
+    def refuse_newcomers(self):
+        """At a stop, those who come later should ask another server, instead of waiting for the slowest request and
+        being reset then. shutdown(2) ends a listener for all processes; over TCP it resets those who wait at it. Not
+        for sockets that somebody else has bound (systemd), nor for programs, whose accept() would fail."""
+        bound = [] if self.command or 'LISTEN_FDS' in self.start.environment else self.listeners
+        for one in bound:
+            nobody_waits = self.drained or one.socket.family == socket.AF_UNIX or not one.queue()[0]
+            if nobody_waits and one.address[:5] != 'fd://':
+                with contextlib.suppress(OSError):      # it is done already
+                    one.socket.shutdown(socket.SHUT_RD)
+
     # -- every half second, if an option needs it
 
     def look_round(self):
@@ -4063,7 +4127,8 @@ class Master:
 
     def work(self, number, rows, master=None):
         """Be a worker until told to stop: of a master, or without one."""
-        signal.set_wakeup_fd(-1)
+        if master:
+            signal.set_wakeup_fd(-1)                    # that pipe is the master's
         name_process(self.config, f'worker {number}')
         if self.command:
             become(self.command, [listener.socket for listener in self.listeners], master)
@@ -4080,13 +4145,32 @@ class Master:
             hook()
         worker.handle_signals()                         # the application may have set others meanwhile
         if not master:
-            signal.signal(signal.SIGINT, worker.on_stop)
+            stop = functools.partial(self.stop_alone, worker)
+            for number in signal.SIGINT, signal.SIGTERM:
+                signal.signal(number, stop)
+            signal.set_wakeup_fd(-1)
+            with contextlib.suppress(BlockingIOError):  # what came before there was a worker to hear it
+                if {signal.SIGINT, signal.SIGTERM, signal.SIGQUIT} & {*os.read(self.signals, 4096)}:
+                    stop()
             for name in 'harakiri', 'stats', 'touch_reload', 'max_worker_lifetime', 'py_autoreload':
                 if getattr(self.config, name):
                     log(f"{name.replace('_', '-')} needs a master: it does nothing with master = false")
             log('ready: this process serves, without a master')
             self.start.tell_parent()
         worker.run()
+
+    def stop_alone(self, worker, *_):
+        """Without a master: the first signal ends the worker in order, and in time; the second at once."""
+        self.now = time.monotonic()
+        self.stop()
+        if self.stopping > 1:
+            for one in self.owned if self.config.vacuum else ():
+                vacuum(one)
+            flush_streams()
+            os._exit(0)
+        worker.on_stop(signal.SIGTERM, None)
+        signal.signal(signal.SIGALRM, functools.partial(self.stop_alone, worker))
+        signal.setitimer(signal.ITIMER_REAL, self.config.worker_reload_mercy)
 
     # -- reload
 
@@ -4277,9 +4361,10 @@ def prepare(config):
         except (OSError, ValueError) as error:
             log(f'max-fd, limit-as: {error}')
     change_directory(config, 'chdir')
-    sys.path.insert(0, os.getcwd())
-    for directory in reversed((*config.pythonpath, *path)):
-        sys.path[:0] = [os.path.abspath(found) for found in glob_sorted(directory) or [directory]]
+    sys.path[:0] = [os.getcwd(), *map(os.path.abspath, path)]
+    for directory in config.pythonpath:                 # each in front of those before it
+        for found in glob_sorted(directory) or [directory]:
+            sys.path.insert(0, os.path.abspath(found))
     sys.argv[1:] = config.pyargv.split() if config.pyargv else []
     sys.modules.setdefault('minuwsgi', sys.modules[__name__])       # `module = minuwsgi:demo` is this file
 
@@ -4295,7 +4380,7 @@ def enter_python(config, start):
         if not tried:
             os.execve(python, [python, *start.program, *sys.argv[1:]], {**os.environ, 'MINUWSGI_VIRTUALENV': directory})
     except OSError as error:
-        why = f"can't run its bin/python, {error.strerror}"
+        why = f"can't run its bin/python ({os.path.realpath(python)}), {error.strerror}"
     config.errors.append(f"{config.where(config.virtualenv, 'virtualenv')}virtualenv = {directory}: {why}; make one "
                          f'with: python3 -m venv {directory}')
 
@@ -4328,7 +4413,7 @@ def activated():
     """{name: descriptor} of the sockets that systemd has bound for us, see sd_listen_fds(3)."""
     found, pid, many = {}, os.environ.pop('LISTEN_PID', ''), os.environ.pop('LISTEN_FDS', '0')
     for fd in range(3, 3 + int(many)) if pid == str(os.getpid()) else ():
-        with socket.socket(fileno=os.dup(fd)) as listener:
+        with borrowed(fd) as listener:
             found[name_of(listener.getsockname())] = fd
     return found
 
@@ -4507,7 +4592,7 @@ def set_up(config, start, owned, inherited):
     prepare(config)
     unwanted = bind(config, owned)
     drop_privileges(config)
-    for name in __file__, *(file for file, _ in config.files):
+    for name in __file__, os.__file__, os.getcwd(), *(file for file, _ in config.files):
         if not os.access(name, os.R_OK, dir_fd=start.directory):
             log(f"warning: {name} can't be read with uid = {config.uid}: no reload will work until it can")
     return unwanted

@@ -723,6 +723,8 @@ def test_the_command_line_wins_over_files_and_files_over_the_environment(tmp, mo
     (['a.b:app'], 'module', 'a.b:app'),
     (['--enable-threads', 'a:app', '--buffer-size', '4096', '--http', ':80'], 'module', 'a:app'),
     (['--chmod-socket', '-w', 'a'], 'chmod_socket', 0o666),
+    (['--log-date', '-w', 'a'], 'log_date', ''), (['--log-date', 'a.py'], 'wsgi_file', 'a.py'),
+    (['--strict', '--set-placeholder', 'a=b', '--set-ph', 'c=d'], 'errors', []),
     (['-s', '/tmp/s', '-w', 'a', '-p4'], 'processes', 4),
 ])
 def test_arguments_are_options_files_and_applications(arguments, attribute, expected):
@@ -861,13 +863,15 @@ def test_warnings_do_not_keep_a_server_from_starting(start):
 
 def test_the_small_options_of_the_start_do_what_they_say(start, tmp):
     (tmp / 'early.py').write_text('import sys\nsys.modules["marker"] = sys\n')
-    (tmp / 'lib1').mkdir()
-    (tmp / 'lib1' / 'found.py').write_text('')
+    for lib in 'lib1', 'lib2':
+        (tmp / lib).mkdir()
+        (tmp / lib / 'found.py').write_text('')
     server = start('''
         import marker, os, sys, found, resource
         def application(environ, start_response):
             start_response('200 OK', [])
-            return [repr((sys.argv[1:], os.getcwd(), resource.getrlimit(resource.RLIMIT_NOFILE)[0])).encode()]
+            lib = os.path.basename(os.path.dirname(found.__file__))
+            return [repr((sys.argv[1:], os.getcwd(), resource.getrlimit(resource.RLIMIT_NOFILE)[0], lib)).encode()]
         ''', '''
         import = early
         pythonpath = lib*
@@ -883,7 +887,7 @@ def test_the_small_options_of_the_start_do_what_they_say(start, tmp):
         ''')
     server.wait_for('^hello from app$')
     answer = server.ask()
-    assert answer.text == repr((['-c', 'x.conf'], '/', 300))
+    assert answer.text == repr((['-c', 'x.conf'], '/', 300, 'lib2'))
     assert answer.headers == [('X-One', '1 €'.encode().decode('latin-1')), ('X-Two', '2')]
     over_http = Answer(exchange(str(tmp / 'h'), b'GET / HTTP/1.0\r\n\r\n' * 1))
     assert set(answer.headers) <= set(over_http.headers)
@@ -2029,6 +2033,26 @@ def test_silent_clients_make_room_when_descriptors_run_out(start):
         connection.close()
 
 
+def test_a_new_client_is_served_before_a_later_request_of_one_that_is_kept(start):
+    """Another worker may be free for the new one: nobody else can serve the kept one."""
+    server = start('''
+        import itertools
+        count = itertools.count()
+        def application(e, s):
+            s('200 OK', [])
+            return [str(next(count)).encode()]
+        ''', http=True)
+    with Kept(server) as kept:
+        assert kept.get().text == '0'
+        (worker,) = server.workers()
+        os.kill(worker, signal.SIGSTOP)
+        with Kept(server) as new:
+            new.send('GET / HTTP/1.1', 'Host: x')
+            kept.send('GET / HTTP/1.1', 'Host: x')
+            os.kill(worker, signal.SIGCONT)
+            assert (new.answer().text, kept.answer().text) == ('1', '2')
+
+
 def test_what_is_pipelined_behind_the_last_request_does_not_reset_the_connection(echo):
     last = b'GET /x/big-list HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n'
     with connect(echo.http) as connection:
@@ -2168,6 +2192,13 @@ def test_a_trusted_proxy_is_known_by_its_ipv4_address_on_an_ipv6_socket_too(star
     server = start(ECHO, f'trust-proxy = 127.0.0.1\nhttp-socket = [::]:{port}')
     server.http = '127.0.0.1', port
     assert json.loads(server.get(headers='X-Forwarded-For: 1.2.3.4\r\n').body)['REMOTE_ADDR'] == '1.2.3.4'
+
+
+def test_with_trust_proxy_whoever_may_use_our_unix_socket_is_believed(start):
+    server = start(ECHO, 'trust-proxy = 10.0.0.1\nhttp-socket = s')
+    server.http = server.socket
+    found = json.loads(server.get(headers='X-Forwarded-For: 1.2.3.4\r\nX-Forwarded-Proto: https\r\n').body)
+    assert (found['REMOTE_ADDR'], found['wsgi.url_scheme']) == ('1.2.3.4', 'https')
 
 
 @pytest.fixture(scope='module')
@@ -2679,6 +2710,16 @@ class TestWSGI:
                 ('/a/bc', 'one /a /bc')):
             assert server.ask(path).text == text
         assert server.ask('/ax').status == '404 Not Found'
+
+    def test_djangos_module_can_be_mounted_and_files_of_one_name_are_modules_of_their_own(self, start, tmp):
+        for site in 'one', 'two':
+            (tmp / site).mkdir()
+            (tmp / site / 'wsgi.py').write_text(
+                f'import sys\nsite = "{site}"\ndef application(e, s):\n    s("200 OK", [])\n'
+                '    return [sys.modules[__name__].site.encode()]\n')
+        server = start(ini='mount = /a=one/wsgi.py\nmount = /b=two/wsgi.py\nmount = /c=two.wsgi:application\n'
+                           'manage-script-name')
+        assert [server.ask(path).text for path in ('/a', '/b', '/c')] == ['one', 'two', 'two']
 
     def test_a_file_takes_the_place_of_a_module_that_is_not_there(self, start):
         server = start(HELLO, 'module = nix\nwsgi-file = app.py')
@@ -3328,6 +3369,16 @@ def test_a_program_is_told_once_to_stop(start, tmp):
         assert read_all(client) == b'done' and server.wait() == 0
 
 
+def test_a_new_program_leaves_the_socket_as_the_others_need_it(start, tmp):
+    """Go makes it non-blocking: a sibling would hang in accept() then, and hear no stop."""
+    (tmp / 'serve.py').write_text('import os, time\nprint("blocking", os.get_blocking(0))\n'
+                                  'os.set_blocking(0, False)\ntime.sleep(1000)\n')
+    server = start(ini=f'worker-exec = {sys.executable} -u serve.py')
+    server.wait_for('^blocking True')
+    os.kill(server.workers()[0], signal.SIGKILL)
+    server.wait_for('^blocking False')
+
+
 def test_programs_that_hold_an_old_log_are_replaced_after_USR1(start, tmp):
     (tmp / 'serve.py').write_text(ACCEPT)
     server = start(ini=f'worker-exec = {sys.executable} serve.py\nlogto = log', ready=False)
@@ -3735,6 +3786,36 @@ class TestProcesses:
         assert int(server.ask('pid').body) == server.pid and server.workers() == []
         assert server.stop() == 0
 
+    def test_without_a_master_ctrl_c_serves_those_who_wait(self, start, tmp):
+        server = start(SLOW, 'master = false')
+        held = Held(server, tmp)
+        with connect(server.socket) as waiting:
+            waiting.sendall(packet('hello'))
+            server.kill(signal.SIGINT)
+            server.wait_for('stopping')
+            assert held.release().body.startswith(b'done') and Answer(read_all(waiting)).body == b'hello\n'
+        assert server.wait() == 0
+
+    @pytest.mark.parametrize('mercy, signals', [(60, 2), (1, 1)])
+    def test_without_a_master_a_second_signal_or_the_mercy_ends_what_hangs(self, start, tmp, mercy, signals):
+        server = start(SLOW, f'master = false\nvacuum = true\nworker-reload-mercy = {mercy}')
+        held = Held(server, tmp)
+        server.kill(signal.SIGTERM)
+        server.wait_for('stopping')
+        select.select([], [], [], 0.6 * (signals - 1))
+        if signals > 1:
+            server.kill(signal.SIGINT)
+        assert server.wait_for('at once') and server.wait() == 0 and not os.path.exists(server.socket)
+        held.connection.close()
+        held.writer.close()
+
+    def test_without_a_master_a_signal_before_it_serves_stops_it(self, start):
+        server = start('''
+            import os, signal, uwsgidecorators
+            uwsgidecorators.postfork(lambda: os.kill(os.getpid(), signal.SIGINT))
+            ''' + textwrap.indent(HELLO, ' ' * 12), 'master = false', ready=False)
+        assert server.wait() == 0 and 'stopping' in server.log
+
     def test_threads_serve_at_the_same_time(self, start, tmp):
         server = start(SLOW, 'threads = 3')
         held = [Held(server, tmp, f'fifo{i}') for i in range(2)]
@@ -3946,6 +4027,40 @@ class TestForks:
                 os.kill(pid, signal.SIGKILL)
 
 
+    def test_one_keeps_no_client_of_a_response_that_is_just_being_offloaded(self, start):
+        server = start('''
+            import os, time
+            def application(e, s):
+                s('200 OK', [])
+                if e['PATH_INFO'] == '/large':
+                    return [bytes(65536)] * 100
+                return [str(os.fork() or time.sleep(1000)).encode()]
+            ''', http=True)
+        for _ in range(20):                             # seen in a third of them
+            with Kept(server) as reader, Kept(server) as other:
+                reader.send('GET /large HTTP/1.1', 'Host: x')
+                pid = int(other.get('/fork').body)
+                fds = pathlib.Path(f'/proc/{pid}/fd')
+                wait_until(lambda: not any(os.readlink(fd).startswith('socket:') for fd in fds.iterdir()), 'letting go')
+                os.kill(pid, signal.SIGKILL)
+
+    def test_one_leaves_the_sockets_of_the_application_as_they_are(self, start):
+        server = start('''
+            import os, socket
+            socket.setdefaulttimeout(10)
+            a, b = socket.socketpair()
+            for one in a, b: os.set_blocking(one.fileno(), True)
+            def application(e, s):
+                pid = os.fork()
+                if not pid:
+                    b.sendall(str(socket.getdefaulttimeout()).encode())
+                    os._exit(0)
+                os.waitpid(pid, 0)
+                s('200 OK', [])
+                return [a.recv(100), str(os.get_blocking(a.fileno())).encode()]
+            ''')
+        assert server.ask().body == b'10.0True'
+
     def test_one_of_a_thread_keeps_no_client_of_another_that_sends_slowly(self, start, tmp):
         server = start("""
             import os, time
@@ -4049,6 +4164,18 @@ class TestStop:
         server = start('import threading\nthreading.Thread(target=threading.Event().wait).start()\n' + HELLO)
         server.kill(signal.SIGQUIT)
         assert server.wait() == 0
+
+    @pytest.mark.parametrize('ini', ['', 'processes = 2', 'http', 'http\nprocesses = 2', 'threads = 2'])
+    def test_who_comes_later_is_refused_and_can_ask_another_server(self, start, tmp, ini):
+        port = free_port()
+        server = start(SLOW, f'vacuum = true\n{ini}'.replace('http', f'socket = s\nhttp-socket = 127.0.0.1:{port}'))
+        held = Held(server, tmp)
+        server.kill(signal.SIGTERM)
+        server.wait_for('stopping')
+        with pytest.raises(ConnectionRefusedError):
+            connect(('127.0.0.1', port) if 'http' in ini else server.socket)
+        assert held.release().body.startswith(b'done')
+        assert server.wait() == 0 and not os.path.exists(server.socket)
 
     def test_a_request_without_end_is_killed_after_the_mercy(self, start):
         server = start(SLOW, 'worker-reload-mercy = 1')
@@ -4544,6 +4671,11 @@ class TestHarakiri:
                 select.select([slow], [], [], 0.3)
                 slow.sendall(b'x')
             assert Answer(read_all(slow)).body == b"b'xxx'" and read_all(silent) == b''
+        with connect(server.socket) as slow:            # one pause alone
+            slow.sendall(packet('read', b'', QUERY_STRING='i.read()', CONTENT_LENGTH='1', REQUEST_METHOD='POST'))
+            select.select([slow], [], [], 0.8)
+            slow.sendall(b'x')
+            assert Answer(read_all(slow)).body == b"b'x'"
         assert server.workers() == before
 
     def test_the_answer_to_a_failure_is_not_broken_off(self, start):
@@ -4740,6 +4872,7 @@ class TestSeeing:
     @pytest.mark.parametrize('ini, line', [
         ('log-format = %(method) %(uri) %(status) %(rsize) %(var.HTTP_HOST) %(user) %(nothing) 100%',
          r'GET /a 200 6 localhost - - 100%'),
+        ('log-format = {"rss": %(rssM), "werr": %(werr)}', '"rss": 0, "werr": 0}'),
         ('log-x-forwarded-for = true', r'\\] 10\\.9\\.8\\.7 \\(\\)'), ('log-date = %%Y', r'^\\d{4} - listening on')])
     def test_the_log_has_the_wanted_form(self, start, ini, line):
         server = start(ini=ini, ready=False)
@@ -5044,6 +5177,27 @@ class TestDaemon:
         server.kill(signal.SIGHUP)
         assert server.wait_for('secret.ini: Permission denied') and server.wait_for('reload: failed')
         assert server.ask().body == b'hello\n'
+
+
+    @needs_root
+    def test_what_the_user_may_not_is_said_and_how_to_go_on(self, start, tmp):
+        os.chmod(tmp, 0o755)
+        shutil.copy(MINUWSGI, tmp)
+        (tmp / 'home' / 'site').mkdir(parents=True)
+        (tmp / 'home' / 'site' / 'shop.py').write_text(HELLO)
+        (tmp / 'secret.txt').write_text('x')
+        (tmp / 'secret.txt').chmod(0o600)
+        python = '/usr/bin/python3'
+        server = start(HELLO, f'uid = nobody\nstatic-map = /a={tmp}\nstatic-map = /b=nowhere', python=python)
+        server.wait_for('static files: .*nowhere: No such file or directory')
+        assert server.ask('/a/secret.txt').body == b'hello\n'
+        server.wait_for('static files: .*/secret.txt: Permission denied')
+        (tmp / 'home').chmod(0o700)
+        server = start(ini='uid = nobody\nchdir = home/site\nmodule = shop\nsocket = t', python=python, ready=False)
+        assert server.wait() == 22 and re.search(r"home/site can't be read with uid = nobody", server.log)
+        output = subprocess.run([python, MINUWSGI.name, 'minuwsgi:demo', '--socket', 'u'], cwd=tmp, user='nobody',
+                                capture_output=True, text=True).stderr
+        assert "can't bind u: Permission denied; this user may not write there" in output
 
 
 AS_SYSTEMD = '''
@@ -7232,7 +7386,7 @@ class TestReadme:
             pytest.skip('only root can run nginx as another user')
         start()
         front = nginx({'site': UWSGI.format(tmp)}, user='nobody nogroup')
-        assert front.ask('site').status == 502 and self.row('Permission denied') in front.log()
+        assert front.ask('site').status == 502 and self.row('(13: Permission denied)') in front.log()
 
     def test_trouble_queue_full(self, nginx, tmp, start):
         os.mkfifo(tmp / 'fifo')
