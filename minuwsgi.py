@@ -2539,12 +2539,12 @@ class Offloader:
 # those that are silent or slow hold nobody.
 
 # A row of the scoreboard, one for each core, in shared memory: the last packet, then these numbers.
-# READY: 1, or from when on it counts as ready. STARTED: when its request began, later by what its client took; 0: there
-# is none; -1: its head is still coming. RUNNING: seconds in all.
-# LEAVING: 1 wants a successor, 2 has heard that it must stop.
-PID, NUMBER, READY, STARTED, REQUESTS, ERRORS, RUNNING, LEAVING = range(8)
+# READY: from which time.monotonic() on the worker counts as ready (1 is long ago); 0: it doesn't yet.
+# STARTED: when its request began, later by what its client took; 0: there is none; -1: its head is still coming.
+# RUNNING: seconds in all. LEAVING: does it want a successor? HEARD: does it know that it must stop?
+PID, NUMBER, READY, STARTED, REQUESTS, ERRORS, RUNNING, LEAVING, HEARD = range(9)
 NUMBERS = PACKET_MAX + 261              # where they begin: Expected.rest() looks up to 258 bytes beyond a bad packet
-ROW_SIZE = NUMBERS + 8 * 8
+ROW_SIZE = NUMBERS + 9 * 8
 
 
 def memory_of(pid='self'):
@@ -3257,7 +3257,7 @@ class Worker:
             signal.setitimer(signal.ITIMER_REAL, self.config.worker_reload_mercy)
         if self.stopping:                               # the master repeats it, to interrupt accept()
             return
-        self.stopping, self.rows[0].numbers[LEAVING] = True, 2          # 2: the master sees that it was heard
+        self.stopping = self.rows[0].numbers[LEAVING] = self.rows[0].numbers[HEARD] = True
         blocking, descriptors = not self.kept, list(self.listeners)
         if blocking and number == signal.SIGTERM:
             (listener,) = self.listeners.values()
@@ -3697,7 +3697,7 @@ class Child:
         self.numbers = self.rows[0].numbers
         self.numbers[PID], self.numbers[NUMBER] = pid, number
         if self.old:
-            self.numbers[READY], self.numbers[LEAVING] = 1, 2
+            self.numbers[READY] = self.numbers[LEAVING] = self.numbers[HEARD] = 1
         elif foreign:
             self.numbers[READY] = born + 1              # a second later, as it can't tell
 
@@ -3875,7 +3875,7 @@ class Master:
         told = child.told_at < math.inf and (self.stopping or code in (0, -signal.SIGTERM, -signal.SIGHUP))
         if child.killed or told:
             return
-        if child.numbers[LEAVING] == 2 and not code:
+        if child.numbers[HEARD] and not code:
             return log(f'{child} ended: somebody else told it to')
         ready, doing = self.is_ready(child), child.doing('at ')
         when = doing or ('at what is unknown since the reload' if child.old else
@@ -3952,7 +3952,7 @@ class Master:
             child.send(signal.SIGTERM if drain else signal.SIGHUP)
             self.wake_at(self.now + 0.1)                # again and again: it may come just before an accept(); but an
                                                         # unknown program may take the second for "at once"
-        heard = child.foreign or child.busy() or child.numbers[LEAVING] == 2
+        heard = child.foreign or child.busy() or child.numbers[HEARD]
         mercy = config.worker_reload_mercy if heard else min(2, config.worker_reload_mercy)
         if not self.due(child.told_at + mercy):
             return ''
