@@ -1295,8 +1295,8 @@ class Expected:
 
     def __init__(self, base):
         self.base = base                                # the environ without the web server's variables
-        # start (or None) and where it ends, what gives the environ up to there, the pieces after it; for other
-        # packets what gives the environ, and all pieces; how many variables. ('nothing' is never found: its size is 0.)
+        # start (or None), start_end, started_environ (gives the environ up to there), started_pieces (those after it);
+        # for other packets new_environ, all_pieces; how many variables. ('nothing' is never found: its size is 0.)
         self.plan = None, 4, base.copy, (), base.copy, (('nothing', 0, ''),), 0
         self.constants = []     # names of those in the template, in their order
         self.missed = {}        # raw -> (text of its constants; constants before it, and with it; variables before it)
@@ -1304,9 +1304,9 @@ class Expected:
 
     def rest(self, environ, memory, text, at, raw):
         """Read the variables from at on; raw is the piece that wasn't there ('': all were). Their number."""
-        same, known, then, number = self.missed.get(raw, ('', len(self.constants), 0, self.plan[-1]))
-        if same and text.startswith(same, at):          # another header follows than before: mostly it is this
-            at, number, known = at + len(same), number + then - known, then
+        constants, known, with_them, number = self.missed.get(raw, ('', len(self.constants), 0, self.plan[-1]))
+        if constants and text.startswith(constants, at):        # as mostly: they are there, and another header follows
+            at, number, known = at + len(constants), number + with_them - known, with_them
         for name in self.constants[known:]:
             environ.pop(name, None)
             if name in self.base:                       # SCRIPT_NAME is always there
@@ -1341,39 +1341,34 @@ class Expected:
 
     def learn_order(self, memory, text):
         """Make the plan from a block that was found to be right, if it is a good example."""
-        found, at = {}, 4                               # name -> (where it ends, its value)
-        while at < len(text):
-            value = at + 4 + memory[at]
-            after = value + memory[value - 2] + (memory[value - 1] << 8)
-            name = sys.intern(text[at + 2:value - 2])
-            if name in found or name in UNWANTED or name == 'HTTP_TRANSFER_ENCODING':
-                return
-            found[name] = value - 2, text[value:after]
-            at = after
-        names = list(found)
+        pairs = [(sys.intern(name), value) for name, value in unpack_vars(memory[4:len(text)])]
+        names = [name for name, _ in pairs]
         last = max((i for i, name in enumerate(names) if name not in CONSTANT), default=-1)
-        if not {'HTTPS', 'REQUEST_SCHEME', 'UWSGI_SCHEME'}.isdisjoint(names[last + 1:]):
-            return                                      # what the scheme follows from must be known in the template
-        pieces, template, begin, known = [], dict(self.base), 4, 0
+        if len(set(names)) < len(names) or not UNWANTED.isdisjoint(names) or 'HTTP_TRANSFER_ENCODING' in names \
+                or not {'HTTPS', 'REQUEST_SCHEME', 'UWSGI_SCHEME'}.isdisjoint(names[last + 1:]):
+            return                                      # the last: the template must know what makes wsgi.url_scheme
+        pieces, template, begin, end, known = [], dict(self.base), 4, 4, 0
         self.constants, self.missed = [], {}
-        for i, (name, (end, value)) in enumerate(found.items()):
+        for i, (name, value) in enumerate(pairs):
+            middle = end + 2 + len(name)
+            end = middle + 2 + len(value)
             if name in CONSTANT and i < last:
                 template[name] = value
                 self.constants.append(name)
             else:
-                raw = text[begin:end]
+                raw = text[begin:middle]
                 self.missed[raw] = raw[:-2 - len(name)], known, len(self.constants), known + len(pieces)
                 pieces.append((raw, len(raw), name))
-                begin, known = end + 2 + len(value), len(self.constants)
+                begin, known = end, len(self.constants)
         set_scheme(template)
-        start, end, started, rest = None, 4, template, ()               # no text is equal to None
-        before = names[:names.index('REQUEST_URI')] if 'REQUEST_URI' in found else ()
-        begun = {name: found[name][1] for name in before}
-        if begun.get('REQUEST_METHOD') == 'GET' and begun.get('QUERY_STRING') == begun.get('CONTENT_LENGTH') == '':
-            end, _ = found['REQUEST_URI']
-            start, started = text[4:end], {**template, **begun}
-            rest = ('', 0, 'REQUEST_URI'), *pieces[[name for _, _, name in pieces].index('REQUEST_URI') + 1:]
-        self.plan = start, end, started.copy, rest, template.copy, tuple(pieces), len(found)
+        start, start_end, started, started_pieces = None, 4, template, ()       # no text is equal to None
+        before = dict(pairs[:names.index('REQUEST_URI')]) if 'REQUEST_URI' in names else {}
+        if before.get('REQUEST_METHOD') == 'GET' and before.get('QUERY_STRING') == before.get('CONTENT_LENGTH') == '':
+            start_end = len(pack_request(before)) + 2 + len('REQUEST_URI')
+            start, started = text[4:start_end], {**template, **before}
+            behind = [name for _, _, name in pieces].index('REQUEST_URI') + 1
+            started_pieces = ('', 0, 'REQUEST_URI'), *pieces[behind:]
+        self.plan = start, start_end, started.copy, started_pieces, template.copy, tuple(pieces), len(pairs)
         self.countdown = 200
 
 
@@ -2692,7 +2687,7 @@ class KeptConnections:
         for fd in self.listeners:
             with contextlib.suppress(OSError):
                 self.poll.unregister(fd)
-        # Not before: until now it could tell us of another one.
+        # Counted only now: while it was registered, epoll could give us one more.
         self.undrained = {fd: listener.waiting() for fd, listener in self.listeners.items()} if seconds else {}
         self.poll.register(self.dead_end, 0)
 
