@@ -2438,6 +2438,14 @@ def cgi_application(config, fallback):
 # the client keeps up, which is the cheapest way; then the job moves to a thread that waits for
 # hundreds of descriptors at a time. sendfile(2) and writev(2) run without the GIL.
 
+def start_thread(function, *arguments, name=None):
+    """A thread that ends with the process. (`threading` costs memory: it is imported where there is one.)"""
+    import threading
+    thread = threading.Thread(target=function, args=arguments, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
 class Offloader:
     """A thread of a worker that runs jobs. It starts with the first job."""
 
@@ -2462,10 +2470,7 @@ class Offloader:
 
     def start(self):
         if self.thread is None:
-            import threading
-            thread = threading.Thread(target=self.run, name='offload', daemon=True)
-            thread.start()
-            self.thread = thread
+            self.thread = start_thread(self.run, name='offload')
 
     def run(self):
         closing = False
@@ -3144,10 +3149,10 @@ class Worker:
         self.alarm_for = -1.0                           # set_alarm() is for the request after so many
         self.logging = not config.disable_logging or any((
             config.log_4xx, config.log_5xx, config.log_slow, config.log_zero, config.log_big))
-        path = config.req_logger[-1] if config.req_logger else None
         self.request_log = main_log
         try:
-            self.request_log = Log(open_to_append(path), path) if path else main_log
+            for path in config.req_logger[-1:]:
+                self.request_log = Log(open_to_append(path), path)
         except ConfigError as error:                    # it was moved away, and a new one isn't ours to make
             log(f'req-logger: {error}; the lines go to the other log')
         self.most = math.inf                            # requests until we leave
@@ -3163,18 +3168,11 @@ class Worker:
     def run(self):
         """Serve until told to stop."""
         cores = self.cores = [Core(self, i) for i in range(self.config.threads)]
-        threads = []
-        if len(cores) > 1:
-            import threading
-            for offloader in self.offloaders:
-                offloader.start()                       # not left to the first of several threads
-            threads = [threading.Thread(target=core.serve, daemon=True) for core in cores[1:]]
-            for thread in threads:
-                thread.start()
+        for offloader in self.offloaders if len(cores) > 1 else ():
+            offloader.start()                           # here: two threads with a first job would start two
+        threads = [start_thread(core.serve) for core in cores[1:]]
         if self.config.py_autoreload and self.number == 1 and self.master_pid:
-            import threading
-            threading.Thread(target=self.watch_modules, args=(times_of_modules(),), name='py-autoreload',
-                             daemon=True).start()
+            start_thread(self.watch_modules, times_of_modules(), name='py-autoreload')
         self.tell_master(READY)
         cores[0].serve()
         if cores[0].kept is not self.kept:              # it was told to stop in accept(): see on_stop()
@@ -3669,7 +3667,7 @@ def finish_process(mercy, code):
     if threading:
         main_thread = threading.main_thread()
         with contextlib.suppress(RuntimeError):         # no memory for a thread: then nobody watches
-            threading.Thread(target=watch, daemon=True).start()
+            start_thread(watch)
         threading._shutdown()
     atexit._run_exitfuncs()
     flush_streams()
