@@ -4318,25 +4318,24 @@ class Pidfile:
 
 
 def activated():
-    """{name: descriptor} of the sockets that systemd has bound for us, see sd_listen_fds(3)."""
+    """{name: (None, descriptor)} of the sockets that systemd has bound for us, see sd_listen_fds(3)."""
     found, pid, many = {}, os.environ.pop('LISTEN_PID', ''), os.environ.pop('LISTEN_FDS', '0')
     for fd in range(3, 3 + int(many)) if pid == str(os.getpid()) else ():
         with socket.socket(fileno=os.dup(fd)) as listener:
-            found[name_of(listener.getsockname())] = fd
+            found[name_of(listener.getsockname())] = None, fd           # no inode: its file isn't ours to remove
     return found
 
 
-def known_in(there, name):
-    """The key of `there` (names of the kernel) that a name in an option means, or None. [::]:80 is 0.0.0.0:80 too to
-    the kernel, if not told otherwise."""
-    if not there:                       # mostly: no host is looked up
-        return None
+def take_from(there, address):
+    """Take the (inode, descriptor) of an address in an option from {name of the kernel: (inode, descriptor)}; None if
+    it isn't there. [::]:80 is 0.0.0.0:80 too to the kernel, if not told otherwise."""
+    name = address
     with contextlib.suppress(ConfigError, OSError, ValueError):         # acquire() will tell
-        kind, where = parse_address(name)
+        kind, where = parse_address(address) if there else ('fd', None)         # mostly no host need be looked up
         if kind != 'fd':
             name = name_of(where if kind == 'unix' else resolve(*where)[-1])
     names = name, name.replace('[::]', '0.0.0.0'), name.replace('0.0.0.0', '[::]')
-    return next((one for one in names if one in there), None)
+    return next((there.pop(one) for one in names if one in there), None)
 
 
 def acquire(config, owned, address, protocol, inode, fd):
@@ -4368,18 +4367,19 @@ def is_lost(one):
 
 
 def bind(config, owned):
-    """Own what the options name, listeners and the pidfile. What they name no more, for disown()."""
+    """Own what the options name, listeners and the pidfile, and what systemd has bound. Returns what was owned before
+    a reload and isn't wanted any more, for disown()."""
     names, given = addresses(config), activated()
     config.socket_owner = socket_owner(config)          # a mistake in it is told before anything is bound
-    wanted = {name: given.pop(known_in(given, name[0]), None) for name in names}
-    wanted.update({(f'fd://{fd}', config.protocol): fd for fd in given.values() if f'fd://{fd}' not in dict(names)})
+    wanted = {name: take_from(given, name[0]) for name in names}
+    wanted.update({(f'fd://{fd}', config.protocol): (None, fd) for _, fd in given.values()
+                   if f'fd://{fd}' not in dict(names)})
     before = {(one.address, one.protocol): one for one in owned if (one.address, one.protocol) in wanted}
     unwanted = [one for one in owned if one not in before.values()]     # of two with one name the first lost its file
-    spare = {one.name: (one.inode, one.socket.fileno()) for one in unwanted}
-    for name, fd in wanted.items():
-        if name not in before:                          # what is spare may go on with another name or protocol
-            again = known_in(spare, name[0]) if fd is None else None
-            acquire(config, owned, *name, *spare.get(again, (None, fd)))
+    again = {one.name: (one.inode, one.socket.fileno()) for one in unwanted}    # may have a new address, or protocol
+    for name, there in wanted.items():
+        if name not in before:
+            acquire(config, owned, *name, *(there or take_from(again, name[0]) or (None, None)))
         elif is_lost(before[name]):
             try:
                 acquire(config, owned, *name, None, None)
@@ -4397,15 +4397,16 @@ def bind(config, owned):
 
 
 def disown(owned, unwanted):
-    """Not before the new code is loaded: the old workers may have to serve on. Do only they listen somewhere now?"""
-    kept = {one.socket.fileno() for one in owned if one not in unwanted}
-    dropped = any(one.protocol in ('uwsgi', 'http') and one.socket.fileno() not in kept for one in unwanted)
+    """Let go of what bind() returned; not before the new code is loaded, as the old may have to serve on. Returns
+    whether there is a socket where only the old workers listen now."""
+    kept, dropped = {one.socket.fileno() for one in owned if one not in unwanted}, False
     for one in unwanted:
         owned.remove(one)                               # first: ForkGuard asks for the descriptors of all that is there
         if one.socket.fileno() in kept:                 # it has another name or protocol now
             one.socket.detach()
-        else:
-            vacuum(one)
+            continue
+        dropped |= one.protocol in ('uwsgi', 'http')
+        vacuum(one)
         one.socket.close()
     return dropped
 
