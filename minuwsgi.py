@@ -1683,7 +1683,6 @@ def run_a_while(fd, job):
         until = until or now + KEEP_UP
         if now >= until or not ready_within(fd, event, until - now):
             return job
-    return None
 
 
 class EmptyInput(io.RawIOBase):
@@ -1978,15 +1977,7 @@ class Response:
                 result = [result]
             job = self.file_job(result) if type(result) is FileWrapper else self.list_job(result)
             if job is None:
-                until = None
-                for chunk in result:
-                    if chunk == b'':
-                        continue                        # PEP 3333: the head may still be changed
-                    if self.sent and self.left == 0:    # nothing more may be sent, so nobody would see the client go,
-                        until = until or time.monotonic() + 1           # and a stream without end would hold us
-                        if time.monotonic() > until:
-                            break
-                    self.write(chunk)
+                self.write_each(result)
                 job = self.list_job([])
             return run_a_while(self.fd, job)
         finally:
@@ -1995,6 +1986,19 @@ class Response:
                     result.close()
             except Exception:                           # the response was not harmed by it
                 log_exception("close() of the application's result failed")
+
+    def write_each(self, chunks):
+        """write() what comes from an iterator. When nothing more may be sent, what still comes has a second: nobody
+        would see the client go, and a stream without end would hold us."""
+        until = math.inf
+        for chunk in chunks:
+            if chunk == b'':                            # PEP 3333: the head may still be changed
+                continue
+            if self.sent and self.left == 0:
+                until = min(until, time.monotonic() + 1)
+                if time.monotonic() > until:
+                    break
+            self.write(chunk)
 
     def list_job(self, chunks):
         """A job that sends a list or tuple of bytes and ends the response; None for what has to be iterated over."""
@@ -2281,7 +2285,6 @@ def worker_command(config):
     if config.worker_exec:
         import shlex
         return shlex.split(config.worker_exec)
-    return None
 
 
 def become(command, sockets, master):
@@ -2638,8 +2641,8 @@ class KeptConnections:
         self.listeners, self.parked = listeners, {}     # parked: descriptor -> Connection
         self.http_timeout, self.socket_timeout = config.http_timeout, config.socket_timeout
         self.dead_end = dead_end                        # a pipe that has hung up: at a stop it wakes who waits
-        self.undrained, self.drain_until = {}, math.inf         # at a stop: listener -> how many may wait there yet
-        self.closing_at = math.inf                      # when a stopping worker leaves those that are silent
+        self.undrained = {}                             # at a stop: listener -> how many of its queue are to come yet
+        self.drain_until = self.closing_at = math.inf   # until when; and from when on those that are silent are closed
         self.next_look = 0.0
         self.poll = select.epoll()
         for fd, listener in listeners.items():
@@ -2650,6 +2653,8 @@ class KeptConnections:
     def events(self):
         """[(descriptor, event)], none if nothing comes for a second."""
         if self.undrained:
+            if time.monotonic() > self.drain_until:
+                self.undrained.clear()
             return [(fd, 0) for fd in list(self.undrained)]
         return self.poll.poll(1 if self.parked else None, 1 if self.one_shot else 64)   # threads must not hoard
 
@@ -2685,38 +2690,36 @@ class KeptConnections:
         self.keep(connection, time.monotonic(), select.EPOLLIN | select.EPOLLOUT) if ok else close_hard(fd)
 
     def stop(self, seconds):
-        """No new connections but those that wait already, since the kernel may have told us alone of them: as many as
-        so many seconds allow."""
+        """No new connections but those that wait already, as the kernel may have told us alone of them; and those for
+        so many seconds at the most (0: none)."""
         now = time.monotonic()
         self.closing_at, self.drain_until = now + 1, now + seconds
         for fd in self.listeners:
             with contextlib.suppress(OSError):
                 self.poll.unregister(fd)
-        # Counted only now: while it was registered, epoll could give us one more.
+        # Counted only now: until here the kernel could tell us of one more.
         self.undrained = {fd: listener.waiting() for fd, listener in self.listeners.items()} if seconds else {}
         self.poll.register(self.dead_end, 0)
 
     def may_accept(self, fd):
-        """At a stop: is there one of those who waited then?"""
+        """At a stop: is there still one of those who waited then?"""
         left = self.undrained.pop(fd, 0)
         if left > 1:
             self.undrained[fd] = left - 1
         return left > 0
 
-    def look_at_time(self, saw_any, jobs):
-        """Once a second: close those whose time is up. At a stop: leave when nothing more comes, and no job can give
-        a connection back."""
+    def end_when_empty(self, jobs):
+        """After stop(), when no event came. jobs: are there any that may give a connection back?"""
+        if time.monotonic() > self.closing_at:          # who has begun a head may end it, and its event may yet come
+            self.close(lambda one: not one.data and not ready_within(one.fd, select.POLLIN, 0))
+        if self.closing_at < math.inf and not (self.parked or self.undrained or jobs):
+            raise OSError(errno.ENOTSOCK, 'told to stop')               # as accept() does at a dead end
+
+    def close_overdue(self):
+        """Once a second: close those whose time is up."""
         now = time.monotonic()
-        if now > self.drain_until:
-            self.undrained.clear()
-        if self.closing_at < math.inf and not saw_any:
-            if now > self.closing_at:                   # who has begun a head may end it, and its event may yet come
-                self.close(lambda one: not one.data and not ready_within(one.fd, select.POLLIN, 0))
-            if not (self.parked or self.undrained or jobs):
-                raise OSError(errno.ENOTSOCK, 'told to stop')           # as accept() does at a dead end
-        if now >= self.next_look:
-            self.next_look = now + 1
-            self.close(lambda connection: connection.deadline < now)
+        self.next_look = now + 1
+        self.close(lambda connection: connection.deadline < now)
 
     def make_room(self):
         """Close a part of those that are silent the longest; False if there are none."""
@@ -2726,15 +2729,17 @@ class KeptConnections:
         return bool(idle)
 
     def close(self, condition):
+        """Close parked connections. Another thread may serve one, and park it again, or a new one with the same
+        descriptor, at any moment: so each is claimed first, and then asked again."""
         for fd in [fd for fd, connection in list(self.parked.items()) if condition(connection)]:
             connection = self.parked.pop(fd, None)
-            if connection is None:                      # another thread was faster
+            if connection is None:
                 continue
-            if not condition(connection):               # and this is a new one with the same descriptor
-                self.parked[fd] = connection            # its event may have come meanwhile
-                if connection.events:                   # else who parks it now has still to register it
-                    with contextlib.suppress(FileNotFoundError):        # or is just about to
-                        self.poll.modify(fd, connection.events | self.one_shot)
+            if not condition(connection):
+                self.parked[fd] = connection
+                if connection.events:                   # 0: who parks it now has still to register it
+                    with contextlib.suppress(FileNotFoundError):        # or is just about to; an event that came
+                        self.poll.modify(fd, connection.events | self.one_shot)         # meanwhile comes again
                 continue
             if connection.data:
                 with contextlib.suppress(OSError):
@@ -3010,8 +3015,10 @@ class Core:
                 self.saw_any = True
                 if self.read_head(connection):
                     return connection.fd, connection
-            if self.worker.stopping or time.monotonic() >= kept.next_look:
-                kept.look_at_time(self.saw_any, self.worker.has_jobs())
+            if self.worker.stopping and not self.saw_any:
+                kept.end_when_empty(self.worker.has_jobs())
+            if time.monotonic() >= kept.next_look:
+                kept.close_overdue()
             self.saw_any, self.ready = False, kept.events()
 
     def read_head(self, connection):
@@ -3072,9 +3079,9 @@ class Core:
 # A stop must neither lose a connection nor wait for one. So the handler of the signal puts the end
 # of a closed pipe in the place of the listening descriptor (dup2): the accept() that was
 # interrupted is tried again by Python (PEP 475) and fails; a connection that came before is served.
-# Core.wait() finds this pipe in its epoll, and KeptConnections.look_at_time() ends it. If all end
-# (SIGTERM), those who wait at the socket by then are served too, by Core.wait() whatever took them
-# before; they are counted, as others may come for ever.
+# Core.wait() finds this pipe in its epoll, and KeptConnections.end_when_empty() ends it. If all end
+# (SIGTERM), those who are in the queue by then are served too, and always by Core.wait(), even where
+# accept() took them before; they are counted, as others may come for ever.
 #
 # A signal between Python's check and the system call would go unnoticed until the next connection,
 # which is why the master repeats it. (SIGIO, by which the kernel tells of the master's death, comes
@@ -3252,10 +3259,10 @@ class Worker:
             return
         self.stopping = self.rows[0].numbers[LEAVING] = self.rows[0].numbers[HEARD] = True
         blocking, descriptors = not self.kept, list(self.listeners)
-        if blocking and number == signal.SIGTERM:
-            (listener,) = self.listeners.values()
+        if blocking and number == signal.SIGTERM:       # Core.wait() is to serve the queue, over a copy of the socket:
+            (listener,) = self.listeners.values()       # the descriptor that accept() uses becomes a dead end
             with contextlib.suppress(OSError):          # there may be no descriptor left for it
-                self.in_accept = listener.socket        # to be closed by nobody: its descriptor will be the dead end
+                self.in_accept = listener.socket        # so that it isn't closed
                 listener.socket = self.in_accept.dup()
                 self.listeners[listener.socket.fileno()] = listener
                 # This makes it non-blocking, for all that share it: they stop too, or see must_stop().
@@ -3740,7 +3747,8 @@ class Master:
         self.stopping, self.echo_until = 0, 0.0         # 1: gracefully, 2 and more: at once; see stop()
         self.reload_wanted, self.proof, self.proof_began = False, None, 0.0     # proof: pid of who tries a reload
         self.announced = False
-        self.failures, self.not_before = 0, 0.0         # deaths in a row, and the end of the back-off
+        self.failures, self.not_before = 0, 0.0         # deaths in a row; until when no worker is started, or inf: by
+                                                        # this code none can be, only the old ones go on
         self.exit_code, self.oom_kills = 0, oom_kills()
         self.spawned, self.deaths, self.harakiris = [collections.Counter() for _ in range(3)]   # by worker's number
         self.fewest = config.cheaper if 0 < config.cheaper < config.processes else config.processes
@@ -3830,13 +3838,10 @@ class Master:
         if not self.stopping:
             self.announce()                             # now that the old workers were told to stop
 
-    def wake_at(self, when):
-        self.wake = min(self.wake, when)
-
     def due(self, when):
-        """Is it time? If not, we wake up then, and ask again."""
+        """Is it time? If not, the loop wakes up then, and asks again. (Some only want to be woken.)"""
         if when > self.now:
-            self.wake_at(when)
+            self.wake = min(self.wake, when)
         return when <= self.now
 
     def is_ready(self, child):
@@ -3940,11 +3945,10 @@ class Master:
         config = self.config
         if child.told_at == math.inf:
             return ''
-        if child.told_at == self.now or child.foreign != 'unknown':
+        if child.told_at == self.now or child.foreign != 'unknown':     # which may take a second SIGTERM for "at once"
             drain = self.stopping or child.foreign or child.old and self.dropped
             child.send(signal.SIGTERM if drain else signal.SIGHUP)
-            self.wake_at(self.now + 0.1)                # again and again: it may come just before an accept(); but an
-                                                        # unknown program may take the second for "at once"
+            self.due(self.now + 0.1)                    # again and again: it may come just before an accept()
         heard = child.foreign or child.busy() or child.numbers[HEARD]
         mercy = config.worker_reload_mercy if heard else min(2, config.worker_reload_mercy)
         if not self.due(child.told_at + mercy):
@@ -3967,7 +3971,7 @@ class Master:
 
     def look_round(self):
         config, self.next_look = self.config, self.now + 0.5
-        self.wake_at(self.next_look)
+        self.due(self.next_look)
         before, self.touched = self.touched, {name: mtime(name) for name in self.touched}
         self.reload_wanted |= self.touched != before
         if config.log_maxsize and rotate_log(config):
@@ -4020,7 +4024,7 @@ class Master:
         except OSError as error:                        # too many processes or descriptors, no memory: later, perhaps
             log(f'fork: {error.strerror}; the next try comes in 1 s')
             self.not_before = self.now + 1
-            self.wake_at(self.not_before)
+            self.due(self.not_before)
         if pid == 0:
             self.live_as_worker(number, rows, lifeline, hold, master)
         self.guard.is_worker = False
@@ -4028,9 +4032,9 @@ class Master:
             os.close(fd)
         if pid:
             foreign = self.command and ('unknown' if self.config.worker_exec else 'known')
-            self.children[pid] = child = Child(pid, number, self.now, foreign, math.inf, hold, rows)
+            self.children[pid] = Child(pid, number, self.now, foreign, math.inf, hold, rows)
             self.spawned[number] += 1
-            self.is_ready(child)                        # a program is so after a while: wake up then
+            self.is_ready(self.children[pid])           # to be woken when a program counts as ready
 
     def live_as_worker(self, number, rows, lifeline, hold, master):
         """In the child: let go of what is the master's, work, end."""
