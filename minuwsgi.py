@@ -75,13 +75,11 @@ __version__ = '0.1'
 # ---------------------------------------------------------------------------------------------
 # 1. Options and the INI dialect
 #
-# uWSGI's configuration is one flat list of lines (name, value, where it stands) from the environment
-# (UWSGI_*), the command line and INI files. Config goes over it twice. First it takes the lines in
-# their order; one may bring others, which come next (a file that is included, an if or for block).
-# Then it judges each line, fills in $(ENV), @(file) and %(name), and sets the option that it names;
-# at last it looks for options that do nothing beside others (compare). The fate of a line: used,
-# always (needs no switch here), unsupported, variable (only a name for %(name)) or unknown. All
-# mistakes are told at once.
+# uWSGI's configuration is one flat list of lines (name, value, where it stands) from the environment (UWSGI_*), the
+# command line and INI files. Config goes over it twice. First it takes the lines in their order; a line may bring
+# others, which come next (an included file, an if or for block). Then it judges each line, fills in $(ENV), @(file)
+# and %(name), and uses it: it sets the option. Last it looks for options that do nothing beside others (compare). The
+# fate of a line: used, always (needs no switch here), unsupported, variable (only a name for %(name)) or unknown.
 
 class ConfigError(Exception):
     """A mistake in the configuration; its text says where, what and what to do."""
@@ -763,10 +761,10 @@ def usage():
 #
 # No client is waited for without a bound: it is poll(2) with a time, or RWF_NOWAIT, which saves even that.
 #
-# Everything that is logged goes to descriptor 2, which `logto` puts on a file. One line is one
-# os.write(), so that the lines of many processes don't mix. A log that can't be written (disk full,
-# pipe closed, or full because nobody reads it) is no reason to stop serving: lines are lost then, and
-# counted. O_NONBLOCK would hold for other programs that share the descriptor too.
+# Everything that is logged goes to descriptor 2, which `logto` puts on a file. One line is one os.write(), so that the
+# lines of many processes don't mix. A log that can't be written (disk full, pipe closed, or full because nobody reads
+# it) is no reason to stop serving: lines are lost then, and counted. It isn't set to O_NONBLOCK, which would hold for
+# other programs that share the descriptor too.
 
 def ready_within(fd, event, seconds):
     """Does an event come to a descriptor within so many seconds? Errors are events always, and so is the end of a
@@ -1000,10 +998,9 @@ class RequestLog:
 # ---------------------------------------------------------------------------------------------
 # 3. Sockets
 #
-# The master binds, the workers accept: all of them inherit the same listening socket, and the
-# kernel gives each connection to one of them. A unix socket has its mode from the first moment
-# (umask round bind), and its file is removed only while it is still ours (device and inode), as
-# another server may have taken the name over.
+# The master binds, the workers accept: all of them inherit the same listening socket, and the kernel gives each
+# connection to one of them. A unix socket has its mode from the first moment (umask round bind), and its file is
+# removed only while it is still ours (device and inode), as another server may have taken the name over.
 
 LISTEN_MAX = int(read_if_there('/proc/sys/net/core/somaxconn') or 1 << 30)     # the kernel cuts silently: listen(2)
 
@@ -1375,9 +1372,9 @@ class Expected:
 # ---------------------------------------------------------------------------------------------
 # 5. HTTP/1.1
 #
-# RFC 9112, as far as a server behind a load balancer or for a browser needs it. The head becomes
-# the same environ as a packet. What could be read in two ways (and so smuggle a request past a
-# proxy) is refused: lengths given twice, bare line ends, blanks before a colon.
+# RFC 9112, as far as a server behind a load balancer or for a browser needs it. A head becomes the same environ as a
+# packet. What could be read in two ways (and so smuggle a request past a proxy) is refused: lengths given twice, bare
+# line ends, blanks before a colon.
 
 HEAD_MAX, LINE_MAX, FIELDS_MAX = 65536, 16384, 200      # bytes of a head, of its first line; lines after that
 TOKEN = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
@@ -1551,11 +1548,10 @@ def client_address(environ, trusted):
 # ---------------------------------------------------------------------------------------------
 # 6. WSGI (PEP 3333)
 #
-# The application gets environ and start_response, and returns an iterable of bytes. One Response
-# for each thread that serves is used for one request after the other: it checks the head, holds the
-# application to the length that it promised, and sends. What there is to send becomes a job: a
-# generator that does what can be done at once and yields (event, seconds) when it has to wait, so
-# that the worker can leave it to somebody else (part 9).
+# The application gets environ and start_response, and returns an iterable of bytes. Each thread that serves has one
+# Response, for one request after the other: it checks the head, holds the application to the length that it promised,
+# and sends. What there is to send becomes a job: a generator that does what can be done at once, and yields (event,
+# seconds) when it has to wait, so that the worker can leave it to a thread (part 9).
 
 SMALL = 32768                           # so much always fits into an empty socket buffer: write() can't block
 IOV_MAX, READ_MAX = 1024, 65536         # the most pieces that writev(2) takes; bytes to read at once
@@ -2048,10 +2044,10 @@ class Response:
 # ---------------------------------------------------------------------------------------------
 # 7. Static files
 #
-# If an option asks for static files, the application is wrapped in another, which answers GET and
-# HEAD for regular files and leaves everything else to it. A path with .. in it is nobody's, and what
-# a path names is followed through all links before it is compared with the directory that it must be
-# in; so no spelling leads out. CGI scripts (part 8) are found in the same way.
+# If an option asks for static files, the application is wrapped in another, which answers GET and HEAD for regular
+# files and leaves everything else to it. No path with .. in it is served, and what a path names is followed through
+# all links before it is compared with the directory that it must be in; so no spelling leads out. CGI scripts (part 8)
+# are found in the same way.
 
 def in_words(start_response, status, why, *headers):
     """Answer in plain text."""
@@ -2182,12 +2178,11 @@ def with_static_files(config, application):
 # ---------------------------------------------------------------------------------------------
 # 8. Other languages
 #
-# Any program can be the worker of a master that owns the socket: with `worker-exec` each worker
-# becomes a command that finds the listening socket at its descriptor 0. php-cgi speaks FastCGI there,
-# a Go program what it likes. For Ruby and Perl the program stands here: the protocol of part 4 in two
-# other languages. Both read a body whole, a large one into a file, before they call the application;
-# so no byte is left unread that would reset the connection. The master stops them by SIGTERM, which
-# they heed between two requests.
+# Any program can be the worker of a master that owns the socket: with `worker-exec` each worker becomes a command that
+# finds the listening socket at its descriptor 0. php-cgi speaks FastCGI there, a Go program what it likes. For Ruby and
+# Perl the program stands here: the protocol of part 4 in two other languages. Both read a body whole, a large one into
+# a file, before they call the application; so no byte is left unread that would reset the connection. The master stops
+# them by SIGTERM, which they heed between two requests.
 
 RACK = r'''
 require 'rack'; require 'socket'; require 'stringio'; require 'tempfile'
@@ -2310,10 +2305,9 @@ def become(command, sockets, master):
         log(f"minuwsgi: can't execute {command[0]}: {error.strerror}")
 
 
-# CGI (RFC 3875) is a WSGI application that runs a program for each request. Its input is a file with the
-# whole body: nginx stops sending one when an answer begins, so a program that writes while it reads
-# would wait for ever. Its output is streamed. The program leads a process group, which is killed when
-# the client leaves or the program is silent for too long.
+# CGI (RFC 3875) is a WSGI application that runs a program for each request. Its input is a file with the whole body:
+# nginx stops sending one when an answer begins, so a program that writes while it reads would wait for ever. Its output
+# is streamed. It leads a process group, which is killed when the client leaves or the program is silent for too long.
 
 CGI_NAMES = ('HTTP', 'SERVER_', 'REMOTE_', 'REQUEST_', 'QUERY_', 'CONTENT_', 'DOCUMENT_', 'PATH_', 'SCRIPT_', 'AUTH_',
              'SSL_CLIENT_')             # how names begin that a request may set, as with Apache's suexec
@@ -2437,9 +2431,9 @@ def cgi_application(config, fallback):
 # ---------------------------------------------------------------------------------------------
 # 9. Offload threads
 #
-# A client that reads slowly must not hold a worker. The worker runs a job (part 6) itself as long as
-# the client keeps up, which is the cheapest way; then the job moves to a thread that waits for
-# hundreds of descriptors at a time. sendfile(2) and writev(2) run without the GIL.
+# A client that reads slowly must not hold a worker. The worker runs a job (part 6) itself as long as the client keeps
+# up, which is cheapest; then the job moves to a thread, which waits for hundreds of descriptors at a time. The GIL
+# doesn't hold it up: sendfile(2) and writev(2) run without it.
 
 def start_thread(function, *arguments, name=None):
     """A thread that ends with the process. (`threading` costs memory: it is imported where there is one.)"""
@@ -2534,12 +2528,11 @@ class Offloader:
 # ---------------------------------------------------------------------------------------------
 # 10. Serving requests
 #
-# A core serves one request at a time; a worker with several threads has several. Core.serve() is the
-# hot path: for a small request behind nginx it makes four system calls, accept4, preadv2, write, close.
-# With one socket and one thread it waits in accept() itself; a select before it would be one more call,
-# and would wake all workers for a connection that one gets. With several sockets, HTTP or threads,
-# Core.wait() stands in for accept(): it watches listeners and kept HTTP connections at once, so that
-# those that are silent or slow hold nobody.
+# A core serves one request at a time; a worker has one for each thread. Core.serve() is the hot path: for a small
+# request behind nginx it makes four system calls, accept4, preadv2, write, close. With one socket and one thread it
+# waits in accept() itself; a select before it would be one more call, and would wake all workers for a connection that
+# one gets. With several sockets, HTTP or threads, Core.wait() stands in for accept(): it watches listeners and kept
+# HTTP connections at once, so that those that are silent or slow hold nobody.
 
 # A row of the scoreboard, one for each core, in shared memory: the last packet, then these numbers.
 # READY: from which time.monotonic() on the worker counts as ready (1 is long ago); 0: it doesn't yet.
@@ -3073,19 +3066,18 @@ class Core:
 # ---------------------------------------------------------------------------------------------
 # 11. Worker
 #
-# A worker is a process that serves. Its cores share its listeners, offload threads and kept
-# connections; the master speaks to it by signals, and it answers in the first row of its scoreboard.
+# A worker is a process that serves. Its cores share its listeners, offload threads and kept connections; the master
+# speaks to it by signals, and it answers in the first of its rows of the scoreboard.
 #
-# A stop must neither lose a connection nor wait for one. So the handler of the signal puts the end
-# of a closed pipe in the place of the listening descriptor (dup2): the accept() that was
-# interrupted is tried again by Python (PEP 475) and fails; a connection that came before is served.
-# Core.wait() finds this pipe in its epoll, and KeptConnections.end_when_empty() ends it. If all end
-# (SIGTERM), those who are in the queue by then are served too, and always by Core.wait(), even where
-# accept() took them before; they are counted, as others may come for ever.
+# A stop must neither lose a connection nor wait for one. So the handler of the signal puts a dead end, a pipe whose
+# other end is closed, in the place of the listening descriptor (dup2): Python tries the interrupted accept() again
+# (PEP 475), and it fails; a connection that came before is served. Core.wait() finds the dead end in its epoll, and
+# KeptConnections.end_when_empty() ends it. If all workers end (SIGTERM), those who are in the queue by then are served
+# too, by Core.wait(), whatever took them before; they are counted, as others may come for ever.
 #
-# A signal between Python's check and the system call would go unnoticed until the next connection,
-# which is why the master repeats it. (SIGIO, by which the kernel tells of the master's death, comes
-# once: a worker that misses it serves one more request.)
+# A signal between Python's check and the system call goes unnoticed until the next connection, which is why the master
+# repeats it. (SIGIO, by which the kernel tells of the master's death, comes once: a worker that misses it serves one
+# more request.)
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGHUP, signal.SIGIO      # for a worker
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD
@@ -3325,8 +3317,8 @@ class Worker:
 # ---------------------------------------------------------------------------------------------
 # 12. Loading the application
 #
-# The application is loaded once, in the master before the fork: the workers share its memory, and a
-# mistake in it shows before anybody is served. Whatever fails is said with where it was looked for.
+# The application is loaded once, in the master before the fork: the workers share its memory, and a mistake in it shows
+# before anybody is served. What can't be found is told with where it was looked for.
 
 EXIT_CONFIG = 1                         # a mistake in the configuration, an address that can't be bound
 EXIT_NO_APP = 22                        # the application can't be loaded; uWSGI's number
@@ -3483,9 +3475,9 @@ def look_before_fork():
 # ---------------------------------------------------------------------------------------------
 # 13. Statistics
 #
-# The rows of the scoreboard tell what each worker does. From them, and the kernel's numbers, the
-# master answers who asks (so it does even when all workers are busy), and each worker answers its
-# application. Both have uWSGI's names, for tools that know it. No variables of requests are in it.
+# The rows of the scoreboard tell what each worker does. From them, and the kernel's numbers, the master answers (so it
+# does when all workers are busy, too), and each worker answers its application. The names are uWSGI's, for tools that
+# know it. No variables of requests are in it.
 
 def state_of(rows):
     """The state of a worker; rows: one for each of its cores."""
@@ -3612,19 +3604,19 @@ def offer_uwsgi_module(config):
 # ---------------------------------------------------------------------------------------------
 # 14. Master
 #
-# The master owns the sockets, loads the application, forks workers and waits. Each signal becomes a
-# byte in a pipe (signal.set_wakeup_fd()). One loop sleeps on that pipe and its next deadline, and then
-# converges: whatever happened, it compares what is with what should be, and mends the difference. So
-# a signal that comes twice, or two that merge, do no harm. No timer is kept: each turn asks due(when)
-# for all that has its time, and what isn't due yet says when the next turn comes.
+# The master owns the sockets, loads the application, forks workers and waits. Each signal becomes a byte in a pipe
+# (signal.set_wakeup_fd()). One loop sleeps on that pipe and its next deadline, and then converges: whatever happened,
+# it compares what is with what should be, and mends the difference. So a signal that comes twice, or two that merge, do
+# no harm. No timer is kept: each turn asks due(when) for all that has its time, and what isn't due yet says when the
+# next turn comes.
 #
-# Each worker has the read end of a lifeline, a pipe whose write end only the master holds. With
-# O_ASYNC the kernel sends SIGIO when that end closes: when the master dies, however it dies.
+# Each worker has the read end of a lifeline, a pipe whose write end only the master holds. With O_ASYNC the kernel
+# sends SIGIO when that end closes: when the master dies, however it dies.
 #
-# A reload never takes a working site down. A child loads the new configuration and application as a
-# proof; if that fails, nothing else happens. Then the master executes itself anew with the same pid.
-# It inherits the sockets and the old workers, which go on serving, and replaces them one by one. Should
-# the new image fail to load all the same, the old workers go on too; none is replaced until a reload works.
+# A reload never takes a working site down. A child loads the new configuration and application as a proof; if that
+# fails, nothing else happens. Then the master executes itself anew with the same pid. It inherits the sockets and the
+# old workers, which go on serving, and replaces them one by one. Should the new image fail to load all the same, the
+# old workers go on too; none is replaced until a reload works.
 
 class Stopped(BaseException):
     """A signal that ends the server came while it was still starting."""
@@ -3884,7 +3876,7 @@ class Master:
         self.failures = 0 if worked else self.failures + 1
         if code and not (self.announced or ready or any(map(self.is_ready, self.children.values()))):
             self.exit_code = EXIT_NO_APP if self.command or code < 0 else code
-            self.stopping = 2                           # no use in trying again; a supervisor must see it
+            self.stopping = 2                           # none was ever ready: a supervisor must see it
         elif self.not_before == math.inf and not self.children and self.proof is None:
             log('no worker is left, and none can be started since the last reload')
             self.exit_code, self.stopping = EXIT_CONFIG, 2
@@ -3903,7 +3895,7 @@ class Master:
 
     def replace_workers(self):
         """Spawn what is missing, and one after the other a successor for each worker that must go."""
-        nobody_starts = self.not_before < math.inf and all(map(self.is_ready, self.children.values()))
+        may_replace = self.not_before < math.inf and all(map(self.is_ready, self.children.values()))
         places = collections.defaultdict(list)
         for child in self.serving():
             places[child.number].append(child)
@@ -3912,13 +3904,13 @@ class Master:
             if lifetime and not child.is_marked() and self.due(child.born + lifetime + stagger):
                 child.mark('max-worker-lifetime')
         for number in range(1, self.wanted + 1):
-            there = places[number]
-            if all(child.is_marked() for child in there) and (nobody_starts or not there) and self.due(self.not_before):
+            wanted = not places[number] or may_replace and all(child.is_marked() for child in places[number])
+            if wanted and self.due(self.not_before):
                 self.spawn(number)
-                nobody_starts = False                   # one at a time
+                may_replace = False                     # one at a time
         for child in self.serving():
             succeeded = any(other.born > child.born and self.is_ready(other) for other in places[child.number])
-            if child.is_marked() and succeeded or child.number > self.wanted and nobody_starts:
+            if child.is_marked() and succeeded or child.number > self.wanted and may_replace:
                 child.told_at = self.now                # overdue_end() sends the signal
 
     def announce(self):
@@ -4155,10 +4147,9 @@ class Master:
 # ---------------------------------------------------------------------------------------------
 # 15. Command line
 #
-# main() reads the configuration; start_and_run() has the steps of a start in their order. Ports below
-# 1024, chown and /run may need root, so it takes sockets and pidfile first (set_up); no line of the
-# application may run as root, so it is loaded after drop_privileges(). What a reload binds anew, it
-# binds without.
+# main() reads the configuration; start_and_run() has the steps of a start in their order. Ports below 1024, chown and
+# /run may need root, so it takes sockets and pidfile first (set_up); no line of the application may run as root, so it
+# is loaded after drop_privileges(). A reload has root's rights no more: what it binds anew, it binds without.
 
 def demo(environ, start_response):
     """The application of example.ini: says who answered, and what it was asked. /file sends this file."""
