@@ -4,9 +4,9 @@
     python3 -m minuwsgi example.ini             the same from its bytecode: starts faster, takes less memory
     python3 minuwsgi.py --check site.ini        look for all that would stop a start
 
-The parts, from the leaves to main(); each uses only what stands above it, but that Core and Worker, and Stats
-and Master, know each other. Who has an hour and wants to know how a preforking server works reads those with a
-*, without Expected and Body, and the openings of the others.
+The parts, from the leaves to main(); each uses only what stands above it, except that Core and Worker, and Stats and
+Master, know each other. If you have an hour, and want to know how a preforking server works, read the parts with a *,
+without Expected and Body, and the openings of the others.
 
      1   Options and the INI dialect    settings from files and the command line become a Config
      2   Waiting, and the log           RWF_NOWAIT; one line, one write; a log that nobody reads holds nobody up
@@ -24,31 +24,27 @@ and Master, know each other. Who has an hour and wants to know how a preforking 
     14 * Master                         forks, watches, replaces, reloads
     15   Command line                   main(), and the order in which a server starts
 
-The life of a request. A worker waits in accept() (Core.serve). It reads the packet into its Row of the
-scoreboard, where the master can see it; the packet becomes environ (Expected, or Expected.rest). The
-application gets environ and Response.start_response, which checks the head. A small body leaves with the
-head in one write (send_small), and the connection is closed: accept4, preadv2, write, close; one more write
-is the line of the request log. What is larger becomes a job (Response.finish): run_a_while() runs it for a
-moment; then Offloader.take() owns job and descriptor, and the worker takes the next request. Over HTTP,
-Core.wait() stands in for accept(): it watches the kept connections too, and gives one whose head is whole;
-read_request() makes environ of it, and keep() parks it again. Exceptions end in Core.failed(): 400 and the
-like for a bad request, nothing for a client that left, 500 or a cut connection and a traceback in the log for
-an application that failed.
+The life of a request. A worker waits in accept() (Core.serve). It reads the packet into its Row of the scoreboard,
+where the master can see it; the packet becomes environ (Expected, or Expected.rest). The application gets environ and
+Response.start_response, which checks the head. A small body leaves with the head in one write (send_small), and the
+connection is closed: accept4, preadv2, write, close; one more write is the line of the request log. What is larger
+becomes a job (Response.finish): run_a_while() runs it for a moment; then Offloader.take() owns job and descriptor, and
+the worker takes the next request. Over HTTP, Core.wait() stands in for accept(): it watches the kept connections too,
+and returns one whose head is whole; read_request() makes environ of it, and keep() parks it again. Exceptions end in
+Core.failed(): 400 and the like for a bad request, nothing for a client that left, 500 or a cut connection and a
+traceback in the log for an application that failed.
 
-The life of a signal. In the master it becomes a byte in a pipe (catch_signals); Master.run() wakes, on_signal()
-notes what is wanted, and converge() makes what is into what should be: it takes note of the dead (reap), starts
-what is missing (spawn), replaces one after the other what must go, and kills what is overdue (keep_time). Until
-there is a Master, a stop is an exception (Stopped). A worker that is told to stop (Worker.on_stop) finishes its
-request; a pipe that nobody writes to, in the place of its listener or beside it (KeptConnections.stop), ends
-accept() or wait(); who is in the queue by then is served too if all end. For a reload a child tries the new code
-(try_reload); then the master executes itself anew (after_proof), inherits sockets and old workers
-(start_and_run), and replaces the workers.
+The life of a signal. In the master it becomes a byte in a pipe (catch_signals); Master.run() wakes, on_signal() notes
+what is wanted, and converge() makes what is into what should be: it takes note of the dead (reap), starts what is
+missing (spawn), replaces what must go, one worker after the other, and kills what is overdue (keep_time). Until there
+is a Master, a stop is an exception (Stopped). A worker that is told to stop (Worker.on_stop) finishes its request; then
+its accept() or Core.wait() meets a dead end. For a reload a child tries the new code (try_reload); then the master
+executes itself anew (after_proof), inherits sockets and old workers (start_and_run), and replaces the workers.
 
-Who owns what. The master: sockets and their files, the pidfile, the workers' lifelines. A worker: the
-connection it accepted, until it closes it or gives it to an Offloader, which calls done() (see let_go) at
-the end of the job: that closes it, or parks it if HTTP keeps it. A job closes only the file that it sends.
-The application: what it opened, and close() of its result is always called. A process that the application
-forks: nothing of all this (ForkGuard).
+Who owns what. The master: sockets and their files, the pidfile, the workers' lifelines. A worker: the connection it
+accepted, until it closes it or gives it to an Offloader, which calls done() (see let_go) at the end of the job: that
+closes it, or parks it if HTTP keeps it. A job closes only the file that it sends. The application: what it opened, and
+close() of its result is always called. A process that the application forks: nothing of all this (ForkGuard).
 """
 import collections
 import contextlib
@@ -87,9 +83,8 @@ class ConfigError(Exception):
 
 # Both tables are texts: a line without | is a heading, an indented one continues the row above.
 #
-# OPTIONS: names (the first is ours, the others are accepted, -x is the short form), kind of value (with +
-# the option may be repeated, and its values gather), default, meaning. The parser, the defaults, --help and
-# the README's table come from here.
+# OPTIONS: names (the first is ours, the others are accepted, -x is the short form), kind of value (with + the option
+# may be repeated, and its values gather), default, meaning. Parser, defaults, --help and README's table come from here.
 OPTIONS = '''
 Application
 module wsgi -w | word | | import it: package.module or package.module:callable
@@ -456,9 +451,9 @@ def describe(name, value=''):
         return f"there is no '=' behind the name: write {first.rstrip(':')} = {text}"
     known = [*BY_NAME, *(one for one in PATTERNS if PATTERNS[one][0] != 'unknown' and one[-1] != '*')]
     similar = [one for one in known if one[:1] == first[:1]]    # the first letter is seldom wrong
-    meant = (nearly or [long for long, short in zip(known, known[1:]) if short == f'-{name}']
+    meant = (nearly or [long for long, short in zip(known, known[1:]) if short == f'-{name}']       # p, without -
              or difflib.get_close_matches(first, similar, 1, 0.9 if reason else 0.75)
-             or [long for long in known if name and long.startswith(f'{name}-')])
+             or [long for long in known if name and long.startswith(f'{name}-')])                   # harakiri-graceful
     hint = f", did you mean '{meant[0]}'?" if meant and meant[0] != name else ''
     if reason:
         instead = "isn't supported; instead: " if kind == 'unsupported' else ''
@@ -470,7 +465,7 @@ COMMAND_LINE = 'command line'
 
 
 def target(argument):
-    """The option that an argument without a name is the value of, or None."""
+    """The option that an argument without a name is the value of, or None (a path, or host:8000)."""
     if argument.endswith('.ini') or '.ini:' in argument:
         return 'ini'
     if argument.endswith(('.py', '.wsgi')):
@@ -492,7 +487,7 @@ def command_line(arguments):
         if argument[:2] != '--':
             name, equals, value = argument[:2], argument[2:], argument[2:].lstrip('=')
         option = BY_NAME.get(name)
-        optional = not option or option.kind == 'octal'
+        optional = not option or option.kind == 'octal'         # -C alone is 666; what others need isn't known
         if not option and fate(name)[0] == 'unknown':
             raise ConfigError(f'command line: {argument}: {describe(name)}; see --help')
         if not equals and not (option and option.kind == 'flag'):
@@ -615,15 +610,16 @@ class Config:
         return [(name, value.replace('%(_)', text), where) for text in texts for name, value, where in body]
 
     def texts_of_block(self, setting):
+        """What %(_) stands for in a block: several texts in a loop, one or none in an if."""
         value = self.fill(setting.value)
         if setting.name in LOOPS:
             return LOOPS[setting.name](value)
         subject, equals, wanted = map(str.strip, value.partition('='))
-        found = (BLOCKS[setting.name] or self.first)(subject)
-        held = found not in (None, False) and (not equals or found == wanted)
-        if held == setting.name.startswith('if-not-'):
-            return []
-        return ['%(_)' if not held else subject if found is True else found]
+        found = (BLOCKS[setting.name] or self.first)(subject)           # True or False, or a text or None
+        holds = found not in (None, False) and (not equals or found == wanted)
+        if setting.name.startswith('if-not-'):
+            return [] if holds else ['%(_)']            # it stays as it is
+        return [subject if found is True else found] if holds else []
 
     def read_ini(self, setting):
         """The lines of the section [uwsgi] of a file, or of another: file:section, :section (of the last file)."""
@@ -1279,12 +1275,11 @@ class Expected:
     """What the next packet looks like, guessed from an earlier one: -4 us of 14 for each request. Core.serve()
     compares packets with `plan`; here it is made (learn_order), and what doesn't fit it is read (rest).
 
-    A web server sends its variables in the same order each time. So a plan has, for each variable that
-    changes, a piece (raw, size, name): the text in front of its value, to be compared at once instead
-    of reading a length and looking up a name. Variables that stay the same are a part of the next raw,
-    with their value, which is in the plan's template already. What comes before the REQUEST_URI of a
-    GET without a query is one text, `start`. Nothing is believed unseen: from the first piece that
-    isn't there, rest() reads the block without a guess.
+    A web server sends its variables in the same order each time. So a plan has, for each variable that changes, a
+    piece (raw, size, name): raw is the text in front of its value, to be compared at once instead of reading a length
+    and looking up a name. A variable that stays the same (a constant) is a part of the next raw, with its value, which
+    environ has from the plan's template. What comes before the REQUEST_URI of a GET without a query is one text,
+    `start`. Nothing is believed unseen: from the first piece that isn't there, rest() reads the block without a guess.
 
     After REQUEST_METHOD=GET, SERVER_NAME=a, REQUEST_URI=/x the pieces are '\\16\\0REQUEST_METHOD' and
     '\\13\\0SERVER_NAME\\1\\0a\\13\\0REQUEST_URI'. If the second isn't there, SERVER_NAME may be another, or none:
@@ -3391,7 +3386,8 @@ def mounted(mounts, manage, fallback):
         script, path = environ['SCRIPT_NAME'].rstrip('/'), environ['PATH_INFO']
         prefix = next((prefix for prefix in prefixes if f'{path}/'.startswith(prefix + '/')), '')
         if manage and prefix:
-            environ['SCRIPT_NAME'], environ['PATH_INFO'] = script, _ = prefix, path[len(prefix):]
+            script = environ['SCRIPT_NAME'] = prefix
+            environ['PATH_INFO'] = path[len(prefix):]
         found = mounts.get(script, mounts.get('', fallback))
         if found is None:
             return in_words(start_response, '404 Not Found', 'no application is mounted here')
