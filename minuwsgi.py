@@ -819,8 +819,8 @@ class Log(io.FileIO):
     sys.stderr too: an application that prints should neither wait for the log nor fail with it."""
 
     __slots__ = 'fd', 'path', 'looked', 'lost', 'put', 'behind'         # -0.1 us for each line
-    opened, date = [], ''               # of all: themselves; the option log-date, a format of strftime(), or nothing
-    impatient_until = 0.0               # of all too: one that is stuck is enough
+    opened, date = [], ''               # of all Logs: a list of them; log-date as a format of strftime(), or ''
+    impatient_until = 0.0               # of all too: when one is stuck, none waits until then
 
     def __init__(self, fd, path=None):
         super().__init__(fd, 'w', closefd=False)
@@ -872,7 +872,7 @@ class Log(io.FileIO):
         return size
 
 
-while (spare := os.open(os.devnull, os.O_RDWR)) < 3:    # closed at the start: no socket should take the log's place
+while (spare := os.open(os.devnull, os.O_RDWR)) < 3:    # if they were closed at the start, a socket would be 2
     pass
 os.close(spare)
 main_log = Log(2)
@@ -947,7 +947,7 @@ class RequestLog:
     def add(self, environ, response, requests, variables, size, ended, took):
         """requests: of this core so far; variables, size: number and bytes of those in the packet; ended: a
         time.monotonic(); took: seconds."""
-        if ended >= self.next_second:                   # what all lines of a second share
+        if ended >= self.next_second:                   # the date is that of all lines of a second
             date = time.time()
             self.next_second, self.date = ended + 1 - date % 1, time.ctime(date)        # strftime() heeds the locale
         self.total[0] = total = self.total[0] + 1
@@ -1037,7 +1037,7 @@ def user_and_group(config):
 def socket_owner(config):
     """(uid, gid) for the files of sockets."""
     if not config.chown_socket:
-        return (-1, -1) if os.getuid() else user_and_group(config)      # as others they are ours already
+        return (-1, -1) if os.getuid() else user_and_group(config)      # not root: they are ours already
     where, (user, _, group) = config.where(config.chown_socket, 'chown-socket'), config.chown_socket.partition(':')
     return id_of('user', user, where), id_of('group', group, where)
 
@@ -1125,7 +1125,7 @@ class Listener:
         except (OSError, ValueError) as error:
             hint = '; ss -ltnp tells by whom' if getattr(error, 'errno', 0) == errno.EADDRINUSE else ''
             raise ConfigError(f"can't bind {address}: {getattr(error, 'strerror', None) or error}{hint}") from None
-        where = self.socket.getsockname()               # for the log and the environ it is what the kernel says
+        where = self.socket.getsockname()               # the kernel's name, for the log and the environ
         self.name, self.host, self.port = name_of(where), 'localhost', '80'
         if type(where) is tuple:
             self.host, self.port = self.name.rsplit(':', 1)
@@ -1159,7 +1159,7 @@ class Listener:
         self.socket = socket.socket(family, kind)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)       # what it accepts inherits this
-        if self.protocol == 'uwsgi' and hasattr(socket, 'TCP_DEFER_ACCEPT'):    # its bytes are there then
+        if self.protocol == 'uwsgi' and hasattr(socket, 'TCP_DEFER_ACCEPT'):    # not before its bytes are there
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 4)
         self.socket.bind(where)
 
@@ -1465,7 +1465,7 @@ def parse_fields(fields):
         raise BadRequest(f'more than {FIELDS_MAX} headers', '431 Request Header Fields Too Large')
     headers = {}
     for line in lines:
-        key, value = HEADER_LINES.get(line) or parse_line(line)         # many clients send the same line
+        key, value = HEADER_LINES.get(line) or parse_line(line)         # many clients send the same
         if key in headers:
             if key in SINGLE:
                 raise BadRequest(f'{key.replace("HTTP_", "")} is there twice')
@@ -1906,7 +1906,7 @@ class Response:
         if self.body is not None and self.body.left:
             if self.body.bad:
                 raise self.body.bad
-            self.keep = self.body.wants_continue = False        # it may never come
+            self.keep = self.body.wants_continue = False        # its rest may never come
         if not self.keep:
             headers += b'Connection: close\r\n'
         elif self.http == 'HTTP/1.0':
@@ -1916,7 +1916,7 @@ class Response:
     def frame(self, chunks, whole=False):
         """Hold chunks to the promised length; put the head and the sizes of chunks round them. whole: are they all?"""
         size = sum(map(len, chunks))
-        framed = [] if self.sent else [self.take_head(size if whole else None)]         # never the application's list
+        framed = [] if self.sent else [self.take_head(size if whole else None)]         # never the application's own
         if self.left is not None:
             if size > self.left:
                 if self.length != -1:
@@ -2130,7 +2130,7 @@ def send_static(environ, start_response, file, seconds):
     answer, part = byte_range(environ, size, (tag, modified))
     if is_fresh(environ, tag, modified):
         start_response('304 Not Modified', headers)
-        return FileWrapper(file)                        # to close it
+        return FileWrapper(file)                        # which closes it
     if answer[:3] == '416':
         file.close()
         return in_words(start_response, answer, f'{size} bytes', ('Content-Range', f'bytes */{size}'))
@@ -2163,7 +2163,7 @@ def with_static_files(config, application):
             path = os.fsdecode(environ['PATH_INFO'].encode('latin-1'))
             for name, _, rest, _ in find_files(mounts, path, config.static_index, safe):
                 seconds = next((seconds for matches, seconds in expires if matches(path)), None)
-                with contextlib.suppress(OSError):      # it isn't ours to read
+                with contextlib.suppress(OSError):      # we have no right to read it
                     if not rest:
                         return send_static(environ, start_response, open(name, 'rb', buffering=0), seconds)
         return application(environ, start_response)
@@ -2305,7 +2305,7 @@ def become(command, sockets, master):
 # is streamed. It leads a process group, which is killed when the client leaves or the program is silent for too long.
 
 CGI_NAMES = ('HTTP', 'SERVER_', 'REMOTE_', 'REQUEST_', 'QUERY_', 'CONTENT_', 'DOCUMENT_', 'PATH_', 'SCRIPT_', 'AUTH_',
-             'SSL_CLIENT_')             # how names begin that a request may set, as with Apache's suexec
+             'SSL_CLIENT_')             # variables of a request begin so, as with Apache's suexec
 
 
 def cgi_variables(environ, root, file, name, info):
@@ -2448,7 +2448,7 @@ class Offloader:
         os.set_blocking(self.wake_read, False)
         self.poll.register(self.wake_read, select.EPOLLIN)
         self.jobs = {}          # fd -> (job, done, event that it waits for, seconds for it, unread bytes, deadline)
-        self.ending = False                             # is there one that jobs has no more, but done() not yet?
+        self.ending = False                             # is there one between jobs and the end of its done()?
 
     def take(self, fd, job, done):
         """Queue a job for the thread. When it has ended, done(fd, ok) is called and owns fd; ok: all was sent."""
@@ -2511,7 +2511,7 @@ class Offloader:
             job.close()
         except OSError as error:                        # the application has closed it, or the file
             log(f'offload: {error.strerror}')
-        self.ending = False                             # at a stop its connection was waited for
+        self.ending = False                             # not before: at a stop its connection is waited for
 
     def finish(self):
         """Wait until all jobs are done."""
@@ -2574,14 +2574,14 @@ class Connection:
         self.fd, self.template = fd, template
         self.address, self.port = (address[0], str(address[1])) if type(address) is tuple else ('', '')
         self.data, self.end = b'', -1                   # read, but not yet used; where the head ends in it
-        self.fields = None                              # of the last request, see learn()
+        self.fields = None                              # of the last head, see learn()
         self.deadline = None                            # a time.monotonic(), once it is parked; until then it blocks
         self.events = 0                                 # what the worker's epoll watches it for; 0: nothing
 
     def learn(self, fields):
         """Read a head from ' HTTP/1.1' on, and keep what it says: clients mostly send the same again. The environ."""
         parse = parse_fields if self.fields is None and len(fields) < 4096 else parse_fields.__wrapped__
-        headers, self.keep, self.length = parse(fields)         # remembered is how connections begin
+        headers, self.keep, self.length = parse(fields)         # the cache is for first requests
         environ = self.template | headers
         environ['REMOTE_ADDR'], environ['REMOTE_PORT'] = self.address, self.port
         self.fields, self.new_environ = fields, environ.copy
@@ -2628,7 +2628,7 @@ class KeptConnections:
     def __init__(self, listeners, config, dead_end):
         self.listeners, self.parked = listeners, {}     # parked: descriptor -> Connection
         self.http_timeout, self.socket_timeout = config.http_timeout, config.socket_timeout
-        self.dead_end = dead_end                        # a pipe that has hung up: at a stop it wakes who waits
+        self.dead_end = dead_end                        # a pipe whose other end is closed: ends poll() at a stop
         self.undrained = {}                             # at a stop: listener -> how many of its queue are to come yet
         self.drain_until = self.closing_at = math.inf   # until when; and from when on those that are silent are closed
         self.next_look = 0.0
@@ -2644,7 +2644,7 @@ class KeptConnections:
             if time.monotonic() > self.drain_until:
                 self.undrained.clear()
             return [(fd, 0) for fd in list(self.undrained)]
-        return self.poll.poll(1 if self.parked else None, 1 if self.one_shot else 64)   # threads must not hoard
+        return self.poll.poll(1 if self.parked else None, 1 if self.one_shot else 64)   # to each thread one
 
     def park(self, connection, deadline, events=select.EPOLLIN):
         """Wait for more from the client, or another event of epoll(7), without a thread that waits."""
@@ -2746,7 +2746,7 @@ class Core:
         self.buffers = [self.row.packet]                # what preadv() wants
         self.accepts = 0
         self.trusted = self.config.trust_proxy
-        self.late = 0.0                                 # until then a client may have waited for too long
+        self.late = 0.0                                 # until then clients may have given up waiting
         self.template = {
             'REQUEST_METHOD': 'GET', 'SCRIPT_NAME': '', 'PATH_INFO': '', 'QUERY_STRING': '', 'SERVER_NAME': 'localhost',
             'SERVER_PORT': '80', 'SERVER_PROTOCOL': 'HTTP/1.1', 'wsgi.version': (1, 0), 'wsgi.url_scheme': 'http',
@@ -2923,7 +2923,7 @@ class Core:
         self.row.numbers[ERRORS] += 1
         if isinstance(error, BadRequest):
             status, why, response.ending = error.status, str(error), 'drain'
-            log_now_and_then(why[:12], f'bad request: {why}')           # a cause begins with its own words
+            log_now_and_then(why[:12], f'bad request: {why}')           # causes differ in their first words
         else:
             log_exception(f'{request}: the application failed')
         if isinstance(error, Harakiri):
@@ -2944,7 +2944,7 @@ class Core:
         response, ending, done = self.response, self.response.ending, close_after
         response.ending = ''
         if body is not None:
-            body.pieces = iter(())                      # later reads get nothing; and it was a cycle of references
+            body.pieces = iter(())                      # later reads get nothing, and a cycle of references ends
             if response.http:
                 connection.data = bytes(body.begun)     # what came behind it: the next requests
         if response.keep:
@@ -2979,7 +2979,7 @@ class Core:
                 if connection is None:
                     listener = kept.listeners.get(fd)
                     if listener is None:
-                        if fd == kept.dead_end:         # it stays so, for all threads
+                        if fd == kept.dead_end:         # the event never ends, and wakes all threads
                             time.sleep(0.01)
                         continue
                     draining = self.worker.stopping
@@ -3135,12 +3135,12 @@ class Worker:
         self.name = f'worker {number} (pid {os.getpid()})'
         self.listeners = {listener.socket.fileno(): listener for listener in listeners}
         self.cores, self.guard = [], ForkGuard(STOP_SIGNALS, self.descriptors)
-        blocking = len(listeners) == config.threads == 1 and listeners[0].protocol == 'uwsgi'   # where accept() does
+        blocking = len(listeners) == config.threads == 1 and listeners[0].protocol == 'uwsgi'   # so accept() does
         self.kept = None if blocking else KeptConnections(self.listeners, config, self.guard.dead_end)
         self.stopping = False
         self.offloaders = [Offloader() for _ in range(max(1, config.offload_threads))]
         self.next_offloader = itertools.cycle(self.offloaders).__next__
-        self.alarm_for = -1.0                           # set_alarm() is for the request after so many
+        self.alarm_for = -1.0                           # how many requests were answered when set_alarm() was called
         self.logging = not config.disable_logging or any((
             config.log_4xx, config.log_5xx, config.log_slow, config.log_zero, config.log_big))
         self.request_log = main_log
@@ -3149,15 +3149,15 @@ class Worker:
                 self.request_log = Log(open_to_append(path), path)
         except ConfigError as error:                    # it was moved away, and a new one isn't ours to make
             log(f'req-logger: {error}; the lines go to the other log')
-        self.most = math.inf                            # requests until we leave
+        self.most = math.inf                            # so many requests, and we leave
         if config.max_requests:                         # not all workers at the same time
             delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
             self.most = config.max_requests + delta
         each_time = config.reload_on_rss or config.reload_on_as or config.max_requests and config.threads > 1
-        self.limit = 0 if each_time else self.most      # requests of a core until check_limits()
+        self.limit = 0 if each_time else self.most      # so many of a core, and it asks check_limits()
 
     def has_jobs(self):
-        return any(one.inbox or one.jobs or one.ending for one in self.offloaders)      # in the order in which they go
+        return any(one.inbox or one.jobs or one.ending for one in self.offloaders)      # in the order that a job takes
 
     def run(self):
         """Serve until told to stop."""
@@ -3187,7 +3187,7 @@ class Worker:
         if self.config.harakiri or signal.getsignal(signal.SIGALRM) in (signal.SIG_DFL, self.on_harakiri):
             handlers[signal.SIGALRM] = self.on_harakiri         # else the application has its own, and no use for ours
         for number, handler in handlers.items():
-            faulthandler.unregister(number)             # when it is called again
+            faulthandler.unregister(number)             # of an earlier call
             signal.signal(number, handler)
         for number in handlers.keys() & {signal.SIGUSR2, signal.SIGALRM} if len(self.rows) == 1 else ():
             # The stack comes first, and even if Python hangs in C. Running threads can make it crash: dump_threads().
@@ -3676,7 +3676,7 @@ class Child:
 
     def __init__(self, pid, number, born, foreign, told_at, hold, rows=None):
         self.pid, self.number, self.born = pid, number, born
-        self.foreign = foreign                          # of another language: 'unknown' by worker-exec, or 'known'
+        self.foreign = foreign                          # None: Python; 'known': Ruby or Perl; or 'unknown': worker-exec
         self.told_at, self.killed = told_at, False      # when it was told to stop, or inf
         self.hold = hold                                # the end of its lifeline that is ours, see spawn()
         self.alarm = 0.0, 0.0                           # harakiri: when the request began, and when it was told
@@ -3687,7 +3687,7 @@ class Child:
         if self.old:
             self.numbers[READY] = self.numbers[LEAVING] = self.numbers[HEARD] = 1
         elif foreign:
-            self.numbers[READY] = born + 1              # a second later, as it can't tell
+            self.numbers[READY] = born + 1              # it can't tell when: a second later
 
     def __str__(self):
         return f'worker {self.number} (pid {self.pid})'
@@ -3722,17 +3722,17 @@ class Master:
 
     def __init__(self, config, owned, application, start, guard, signals, uwsgi, workers, touched, dropped):
         self.config, self.owned, self.application, self.uwsgi = config, owned, application, uwsgi
-        self.guard, self.dropped = guard, dropped       # dropped: do only the old workers listen somewhere?
+        self.guard, self.dropped = guard, dropped       # dropped: what disown() returned
         guard.descriptors = lambda: [one.socket.fileno() for one in owned] + [c.hold for c in self.children.values()]
         self.start, self.signals, self.touched = start, signals, touched        # {file to be touched: its time}
         self.listeners = [one for one in owned if one.protocol in ('uwsgi', 'http')]
         self.stats, self.command = Stats(self), worker_command(config)
-        self.children = {pid: Child(pid, *rest) for pid, *rest in workers}      # at first those from before a reload
+        self.children = {pid: Child(pid, *rest) for pid, *rest in workers}      # those from before a reload
         # Twice as many as workers: those that were told to stop may go on for a while.
         self.all_rows = [[Row() for _ in range(config.threads)] for _ in range(2 * config.processes + 2)]
         self.total = memoryview(mmap.mmap(-1, 4096)).cast('Q')
         self.now, self.wake = time.monotonic(), math.inf        # of a turn: when it began, when the next is due
-        self.stopping, self.echo_until = 0, 0.0         # 1: gracefully, 2 and more: at once; see stop()
+        self.stopping, self.echo_until = 0, 0.0         # 0: no, 1: gracefully, 2 or more: at once; see stop()
         self.reload_wanted, self.proof, self.proof_began = False, None, 0.0     # proof: pid of who tries a reload
         self.announced = False
         self.failures, self.not_before = 0, 0.0         # deaths in a row; until when no worker is started, or inf: by
@@ -4107,13 +4107,13 @@ class Master:
             self.reload_failed(f'{self.cause(code)}, see above; the old code goes on serving')
         elif wanted:
             import json
-            self.start.tell_parent()                    # the new image couldn't
+            self.start.tell_parent()                    # the new image won't have this pipe
             owned = [(one.address, one.protocol, one.inode, one.socket.fileno()) for one in self.owned]
             workers = [(c.pid, c.number, c.born, c.foreign, c.told_at, c.hold) for c in self.children.values()]
             for *_, fd in owned + workers:
                 os.set_inheritable(fd, True)
             self.start_python(os.execve, [], {RELOADED: json.dumps([owned, workers])})
-            for *_, fd in owned + workers:              # we are still here
+            for *_, fd in owned + workers:              # it failed, we are still here
                 os.set_inheritable(fd, False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
@@ -4413,7 +4413,7 @@ def drop_privileges(config):
     __import__('traceback')                             # for log_exception(): later it may not be ours to read
     name = None
     with contextlib.suppress(KeyError, OverflowError):
-        user = pwd.getpwuid(max(0, uid))                # without a uid: only root can do this
+        user = pwd.getpwuid(max(0, uid))                # a gid without a uid: root's, no other can set it
         name, gid = user.pw_name, user.pw_gid if gid < 0 else gid
     if gid < 0:
         raise ConfigError(f'uid = {config.uid}: nothing is known of this user, so set gid too')
@@ -4476,7 +4476,7 @@ def open_logs(config, start, reloaded):
         with config.errors_at(name):
             fresh, fd = not os.path.lexists(name), open_to_append(name)
         if fresh and not os.getuid():
-            os.fchown(fd, *user_and_group(config))      # who opens it in the workers
+            os.fchown(fd, *user_and_group(config))      # as whom the workers will open it
         os.close(fd)
     log(f"minuwsgi {__version__}, Python {sys.version.split()[0]}, pid {os.getpid()}{', reloaded' * reloaded}")
     for text in config.print:
@@ -4485,7 +4485,7 @@ def open_logs(config, start, reloaded):
 
 def set_up(config, start, owned, inherited):
     """What may need root's rights, up to giving them up. What isn't named any more, for disown()."""
-    for one in inherited:                               # first what must not get lost, whatever fails
+    for one in inherited:                               # first: whatever fails then, the old workers need them
         acquire(config, owned, *one)
     if config.errors:
         raise ConfigError('\n'.join(config.errors))
@@ -4508,7 +4508,7 @@ def start_and_run(config, start, owned):
         os.set_inheritable(fd, False)
     open_logs(config, start, reloaded)
     signals, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    catch_signals(wake, starting=not reloaded)          # after a reload there are workers to be stopped in order
+    catch_signals(wake, starting=not reloaded)          # after a reload a stop is the Master's: it has workers to end
     uwsgi, lazy = offer_uwsgi_module(config), config.lazy_apps and (config.master or reloaded)
     application, code = None, EXIT_CONFIG
     guard = ForkGuard(SIGNALS, lambda: [one.socket.fileno() for one in owned] + [start.parent] * bool(start.parent))
@@ -4523,10 +4523,10 @@ def start_and_run(config, start, owned):
         try:
             catch_signals(wake, starting=True)          # after a reload too: loading may take long
             application = load_or_log(config)
-            catch_signals(wake)                         # in here, as a stop may come until it is done
+            catch_signals(wake)                         # within try: a stop may come until this is done
         except Stopped:
             if not reloaded:
-                raise                                   # else run() finds the signal in the pipe, and stops all
+                raise                                   # else the signal is in the pipe too: run() stops all
         code = EXIT_NO_APP if application is None else 0
         guard.end_child('the import')
     if code and not reloaded:
@@ -4556,8 +4556,8 @@ def run_server(config, start):
         for one in owned if config.vacuum else ():
             vacuum(one)
     for number in signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2:
-        signal.signal(number, signal.SIG_IGN)           # at Python's own end they would kill
-    for number in signal.SIGINT, signal.SIGQUIT:        # whatever the end waits for
+        signal.signal(number, signal.SIG_IGN)           # they would kill us at the end of Python
+    for number in signal.SIGINT, signal.SIGQUIT:        # these end us, whatever we wait for
         signal.signal(number, lambda *_: os._exit(code))
     if start.at_once:
         flush_streams()
