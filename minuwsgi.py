@@ -1903,7 +1903,7 @@ class Response:
                 self.keep, self.ending = False, 'drain'
         elif self.length is None:
             headers += b'Content-Length: %d\r\n' % self.left
-        if self.body is not None and self.body.left:
+        if self.body is not None and self.body.left:    # the application has not read it all, or could not
             if self.body.bad:
                 raise self.body.bad
             self.keep = self.body.wants_continue = False        # its rest may never come
@@ -2316,9 +2316,9 @@ def cgi_variables(environ, root, file, name, info):
     variables.update(GATEWAY_INTERFACE='CGI/1.1', SERVER_SOFTWARE=f'minuwsgi/{__version__}', REDIRECT_STATUS='200',
                      SCRIPT_NAME=name, SCRIPT_FILENAME=file, PATH_INFO=info,
                      PATH_TRANSLATED=info and variables['DOCUMENT_ROOT'] + info)
-    variables['HTTP_PROXY'] = ''                        # a header must not steer the clients within the program
-    not_empty = 'HTTP_PROXY', 'PATH_INFO', 'PATH_TRANSLATED', 'CONTENT_LENGTH', 'CONTENT_TYPE'
-    return {key: value for key, value in variables.items() if value or key not in not_empty}
+    variables.pop('HTTP_PROXY', None)                   # a header must not steer the clients within the program
+    left_out = 'PATH_INFO', 'PATH_TRANSLATED', 'CONTENT_LENGTH', 'CONTENT_TYPE'         # if they are empty
+    return {key: value for key, value in variables.items() if value or key not in left_out}
 
 
 class CgiOutput(io.RawIOBase):
@@ -3145,7 +3145,7 @@ class Worker:
             config.log_4xx, config.log_5xx, config.log_slow, config.log_zero, config.log_big))
         self.request_log = main_log
         try:
-            for path in config.req_logger[-1:]:
+            for path in config.req_logger[-1:]:         # the last, if there is one
                 self.request_log = Log(open_to_append(path), path)
         except ConfigError as error:                    # it was moved away, and a new one isn't ours to make
             log(f'req-logger: {error}; the lines go to the other log')
@@ -4261,9 +4261,8 @@ def prepare(config):
         except (OSError, ValueError) as error:
             log(f'max-fd, limit-as: {error}')
     change_directory(config, 'chdir')
-    sys.path.insert(0, os.getcwd())
-    for directory in reversed((*config.pythonpath, *path)):
-        sys.path[:0] = [os.path.abspath(found) for found in glob_sorted(directory) or [directory]]
+    directories = [found for one in (*config.pythonpath, *path) for found in glob_sorted(one) or [one]]
+    sys.path[:0] = [*map(os.path.abspath, directories), os.getcwd()]
     sys.argv[1:] = config.pyargv.split() if config.pyargv else []
     sys.modules.setdefault('minuwsgi', sys.modules[__name__])       # `module = minuwsgi:demo` is this file
 
@@ -4509,8 +4508,7 @@ def start_and_run(config, start, owned):
     open_logs(config, start, reloaded)
     signals, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     catch_signals(wake, starting=not reloaded)          # after a reload a stop is the Master's: it has workers to end
-    uwsgi, lazy = offer_uwsgi_module(config), config.lazy_apps and (config.master or reloaded)
-    application, code = None, EXIT_CONFIG
+    uwsgi, application, code = offer_uwsgi_module(config), None, EXIT_CONFIG
     guard = ForkGuard(SIGNALS, lambda: [one.socket.fileno() for one in owned] + [start.parent] * bool(start.parent))
     try:
         unwanted, code = set_up(config, start, owned, inherited), 0
@@ -4519,7 +4517,7 @@ def start_and_run(config, start, owned):
     except Exception:                                   # there may be workers to be kept
         log_exception('minuwsgi: the start failed')
     touched = {name: mtime(name) for name in config.touch_reload + config.touch_chain_reload}   # before we load
-    if not (code or lazy):
+    if not (code or config.lazy_apps and (config.master or reloaded)):          # else the workers load it
         try:
             catch_signals(wake, starting=True)          # after a reload too: loading may take long
             application = load_or_log(config)
