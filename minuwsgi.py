@@ -1563,8 +1563,8 @@ def unread(fd):
 
 
 def still_unread(fd, event, seconds, before):
-    """A client let us wait for so long. A socket counts as writable when MBs of it are free, for which it may take its
-    time as long as it goes on: what it has left of the bytes that were unread before. Else it was too slow."""
+    """A client let us wait for so many seconds. It was too slow, unless it went on reading meanwhile: for a socket to
+    count as writable it may have to read MBs. `before`, and returned: how many bytes are (still) unread."""
     left = unread(fd)
     if event != select.POLLOUT or seconds <= 0 or before - left < SLOWEST * seconds:
         raise ClientGone(errno.ETIMEDOUT, 'the client was too slow')
@@ -2622,8 +2622,8 @@ class Harakiri(BaseException):
 class KeptConnections:
     """What Core.wait() watches: the listeners, and the HTTP connections that no core serves. Such a connection is
     in one place at a time: parked here, claimed by the core that serves it (by parked.pop()), or lent to an
-    Offloader; only who has it closes it. It stays with its worker: while all cores of that one are busy, it
-    waits. With threads, an event is for one of them alone (EPOLLONESHOT)."""
+    Offloader; only its holder closes it. It stays with its worker, and waits while all cores of that are busy. With
+    threads, an event is for one of them alone (EPOLLONESHOT)."""
 
     def __init__(self, listeners, config, dead_end):
         self.listeners, self.parked = listeners, {}     # parked: descriptor -> Connection
@@ -2662,8 +2662,8 @@ class KeptConnections:
                     raise                               # else another thread has closed it already
 
     def keep(self, connection, now, events=select.EPOLLIN):
-        """It has had its response, and waits for the next request. One that has come already brings no event any
-        more, but that there is room to write does. now: a time.monotonic()."""
+        """It has had its response, and waits for the next request. If that is here already, no event will tell of it:
+        so we ask for room to write too, which there is at once. now: a time.monotonic()."""
         seconds = self.http_timeout
         if connection.data:
             connection.data = skip_empty_lines(connection.data)
@@ -2674,7 +2674,7 @@ class KeptConnections:
         self.park(connection, now + seconds, events)
 
     def take_back(self, connection, fd, ok):
-        """The end of the job, in its thread: wait() has to wake up, and to look at the time from now on."""
+        """The end of the job, in its thread. wait() has to wake up at once, to look at deadlines from now on."""
         self.keep(connection, time.monotonic(), select.EPOLLIN | select.EPOLLOUT) if ok else close_hard(fd)
 
     def stop(self, seconds):
@@ -3079,9 +3079,9 @@ SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.S
 
 
 class ForkGuard:
-    """What a fork() in this process means, from now on. A worker becomes what it has to be by itself. What the
-    application forks is no server, and no worker: our signals aren't for it, no client waits for it, and it must hold
-    no socket for longer than we do. Signals wait meanwhile, since they would find it half done."""
+    """What a fork() in this process means, from now on. What the application forks is no server, and no worker: our
+    signals aren't for it, no client waits for it, and it must hold no socket for longer than we do. A new worker sees
+    to all this itself. Signals are blocked meanwhile, since they would find it half done."""
 
     def __init__(self, signals, descriptors):
         self.signals, self.descriptors, self.pid = signals, descriptors, os.getpid()
@@ -3149,14 +3149,14 @@ class Worker:
                 self.request_log = Log(open_to_append(path), path)
         except ConfigError as error:                    # it was moved away, and a new one isn't ours to make
             log(f'req-logger: {error}; the lines go to the other log')
-        self.most = math.inf                            # so many requests, and we leave
-        if config.max_requests:                         # not all workers at the same time
-            delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
-            self.most = config.max_requests + delta
+        # After so many requests we leave, but not all workers at the same time.
+        delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
+        self.most = config.max_requests + delta if config.max_requests else math.inf
         each_time = config.reload_on_rss or config.reload_on_as or config.max_requests and config.threads > 1
         self.limit = 0 if each_time else self.most      # so many of a core, and it asks check_limits()
 
     def has_jobs(self):
+        """Is there a job that may still give a connection back?"""
         return any(one.inbox or one.jobs or one.ending for one in self.offloaders)      # in the order that a job takes
 
     def run(self):
@@ -4004,25 +4004,27 @@ class Master:
         for row in rows:
             row.memory[NUMBERS:] = bytes(ROW_SIZE - NUMBERS)
         flush_streams()
-        master, pipe, pid = os.getpid(), (), None
+        master, pipe = os.getpid(), ()
         self.guard.is_worker = True
         try:
             pipe = lifeline, hold = os.pipe()
             pid = os.fork()
         except OSError as error:                        # too many processes or descriptors, no memory: later, perhaps
+            for fd in pipe:
+                os.close(fd)
             log(f'fork: {error.strerror}; the next try comes in 1 s')
             self.not_before = self.now + 1
             self.due(self.not_before)
+            return
+        finally:
+            self.guard.is_worker = False
         if pid == 0:
             self.live_as_worker(number, rows, lifeline, hold, master)
-        self.guard.is_worker = False
-        for fd in pipe[:1] if pid else pipe:
-            os.close(fd)
-        if pid:
-            foreign = self.command and ('unknown' if self.config.worker_exec else 'known')
-            self.children[pid] = Child(pid, number, self.now, foreign, math.inf, hold, rows)
-            self.spawned[number] += 1
-            self.is_ready(self.children[pid])           # to be woken when a program counts as ready
+        os.close(lifeline)
+        foreign = self.command and ('unknown' if self.config.worker_exec else 'known')
+        self.children[pid] = Child(pid, number, self.now, foreign, math.inf, hold, rows)
+        self.spawned[number] += 1
+        self.is_ready(self.children[pid])               # to be woken when a program counts as ready
 
     def live_as_worker(self, number, rows, lifeline, hold, master):
         """In the child: let go of what is the master's, work, end."""
