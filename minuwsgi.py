@@ -4,9 +4,9 @@
     python3 -m minuwsgi example.ini             the same from its bytecode: starts faster, takes less memory
     python3 minuwsgi.py --check site.ini        look for all that would stop a start
 
-The parts, from the leaves to main(); each uses only what stands above it, but that Core and Worker, and Stats
-and Master, know each other. Who has an hour and wants to know how a preforking server works reads those with a
-*, without Expected and Body, and the openings of the others.
+The parts, from the leaves to main(); each uses only what stands above it, except that Core and Worker, and Stats and
+Master, know each other. If you have an hour, and want to know how a preforking server works, read the parts with a *,
+without Expected and Body, and the openings of the others.
 
      1   Options and the INI dialect    settings from files and the command line become a Config
      2   Waiting, and the log           RWF_NOWAIT; one line, one write; a log that nobody reads holds nobody up
@@ -24,31 +24,27 @@ and Master, know each other. Who has an hour and wants to know how a preforking 
     14 * Master                         forks, watches, replaces, reloads
     15   Command line                   main(), and the order in which a server starts
 
-The life of a request. A worker waits in accept() (Core.serve). It reads the packet into its Row of the
-scoreboard, where the master can see it; the packet becomes environ (Expected, or Expected.rest). The
-application gets environ and Response.start_response, which checks the head. A small body leaves with the
-head in one write (send_small), and the connection is closed: accept4, preadv2, write, close; one more write
-is the line of the request log. What is larger becomes a job (Response.finish): run_a_while() runs it for a
-moment; then Offloader.take() owns job and descriptor, and the worker takes the next request. Over HTTP,
-Core.wait() stands in for accept(): it watches the kept connections too, and gives one whose head is whole;
-read_request() makes environ of it, and keep() parks it again. Exceptions end in Core.failed(): 400 and the
-like for a bad request, nothing for a client that left, 500 or a cut connection and a traceback in the log for
-an application that failed.
+The life of a request. A worker waits in accept() (Core.serve). It reads the packet into its Row of the scoreboard,
+where the master can see it; the packet becomes environ (Expected, or Expected.rest). The application gets environ and
+Response.start_response, which checks the head. A small body leaves with the head in one write (send_small), and the
+connection is closed: accept4, preadv2, write, close; one more write is the line of the request log. What is larger
+becomes a job (Response.finish): run_a_while() runs it for a moment; then Offloader.take() owns job and descriptor, and
+the worker takes the next request. Over HTTP, Core.wait() stands in for accept(): it watches the kept connections too,
+and returns one whose head is whole; read_request() makes environ of it, and keep() parks it again. Exceptions end in
+Core.failed(): 400 and the like for a bad request, nothing for a client that left, 500 or a cut connection and a
+traceback in the log for an application that failed.
 
-The life of a signal. In the master it becomes a byte in a pipe (catch_signals); Master.run() wakes, on_signal()
-notes what is wanted, and converge() makes what is into what should be: it takes note of the dead (reap), starts
-what is missing (spawn), replaces one after the other what must go, and kills what is overdue (keep_time). Until
-there is a Master, a stop is an exception (Stopped). A worker that is told to stop (Worker.on_stop) finishes its
-request; a pipe that nobody writes to, in the place of its listener or beside it (KeptConnections.stop), ends
-accept() or wait(); who is in the queue by then is served too if all end. For a reload a child tries the new code
-(try_reload); then the master executes itself anew (after_proof), inherits sockets and old workers
-(start_and_run), and replaces the workers.
+The life of a signal. In the master it becomes a byte in a pipe (catch_signals); Master.run() wakes, on_signal() notes
+what is wanted, and converge() makes what is into what should be: it takes note of the dead (reap), starts what is
+missing (spawn), replaces what must go, one worker after the other, and kills what is overdue (keep_time). Until there
+is a Master, a stop is an exception (Stopped). A worker that is told to stop (Worker.on_stop) finishes its request; then
+its accept() or Core.wait() meets a dead end. For a reload a child tries the new code (try_reload); then the master
+executes itself anew (after_proof), inherits sockets and old workers (start_and_run), and replaces the workers.
 
-Who owns what. The master: sockets and their files, the pidfile, the workers' lifelines. A worker: the
-connection it accepted, until it closes it or gives it to an Offloader, which calls done() (see let_go) at
-the end of the job: that closes it, or parks it if HTTP keeps it. A job closes only the file that it sends.
-The application: what it opened, and close() of its result is always called. A process that the application
-forks: nothing of all this (ForkGuard).
+Who owns what. The master: sockets and their files, the pidfile, the workers' lifelines. A worker: the connection it
+accepted, until it closes it or gives it to an Offloader, which calls done() (see let_go) at the end of the job: that
+closes it, or parks it if HTTP keeps it. A job closes only the file that it sends. The application: what it opened, and
+close() of its result is always called. A process that the application forks: nothing of all this (ForkGuard).
 """
 import collections
 import contextlib
@@ -75,13 +71,11 @@ __version__ = '0.1'
 # ---------------------------------------------------------------------------------------------
 # 1. Options and the INI dialect
 #
-# uWSGI's configuration is one flat list of lines (name, value, where it stands) from the environment
-# (UWSGI_*), the command line and INI files. Config goes over it twice. First it takes the lines in
-# their order; one may bring others, which come next (a file that is included, an if or for block).
-# Then it judges each line, fills in $(ENV), @(file) and %(name), and sets the option that it names;
-# at last it looks for options that do nothing beside others (compare). The fate of a line: used,
-# always (needs no switch here), unsupported, variable (only a name for %(name)) or unknown. All
-# mistakes are told at once.
+# uWSGI's configuration is one flat list of lines (name, value, where it stands) from the environment (UWSGI_*), the
+# command line and INI files. Config goes over it twice. First it takes the lines in their order; a line may bring
+# others, which come next (an included file, an if or for block). Then it judges each line, fills in $(ENV), @(file)
+# and %(name), and uses it: it sets the option. Last it looks for options that do nothing beside others (compare). The
+# fate of a line: used, always (needs no switch here), unsupported, variable (only a name for %(name)) or unknown.
 
 class ConfigError(Exception):
     """A mistake in the configuration; its text says where, what and what to do."""
@@ -89,9 +83,8 @@ class ConfigError(Exception):
 
 # Both tables are texts: a line without | is a heading, an indented one continues the row above.
 #
-# OPTIONS: names (the first is ours, the others are accepted, -x is the short form), kind of value (with +
-# the option may be repeated, and its values gather), default, meaning. The parser, the defaults, --help and
-# the README's table come from here.
+# OPTIONS: names (the first is ours, the others are accepted, -x is the short form), kind of value (with + the option
+# may be repeated, and its values gather), default, meaning. Parser, defaults, --help and README's table come from here.
 OPTIONS = '''
 Application
 module wsgi -w | word | | import it: package.module or package.module:callable
@@ -458,9 +451,9 @@ def describe(name, value=''):
         return f"there is no '=' behind the name: write {first.rstrip(':')} = {text}"
     known = [*BY_NAME, *(one for one in PATTERNS if PATTERNS[one][0] != 'unknown' and one[-1] != '*')]
     similar = [one for one in known if one[:1] == first[:1]]    # the first letter is seldom wrong
-    meant = (nearly or [long for long, short in zip(known, known[1:]) if short == f'-{name}']
+    meant = (nearly or [long for long, short in zip(known, known[1:]) if short == f'-{name}']       # p, without -
              or difflib.get_close_matches(first, similar, 1, 0.9 if reason else 0.75)
-             or [long for long in known if name and long.startswith(f'{name}-')])
+             or [long for long in known if name and long.startswith(f'{name}-')])                   # harakiri-graceful
     hint = f", did you mean '{meant[0]}'?" if meant and meant[0] != name else ''
     if reason:
         instead = "isn't supported; instead: " if kind == 'unsupported' else ''
@@ -472,7 +465,7 @@ COMMAND_LINE = 'command line'
 
 
 def target(argument):
-    """The option that an argument without a name is the value of, or None."""
+    """The option that an argument without a name is the value of, or None (a path, or host:8000)."""
     if argument.endswith('.ini') or '.ini:' in argument:
         return 'ini'
     if argument.endswith(('.py', '.wsgi')):
@@ -494,7 +487,7 @@ def command_line(arguments):
         if argument[:2] != '--':
             name, equals, value = argument[:2], argument[2:], argument[2:].lstrip('=')
         option = BY_NAME.get(name)
-        optional = not option or option.kind == 'octal' or option.name == 'log-date'
+        optional = not option or option.kind == 'octal' or option.name == 'log-date'        # -C alone is 666
         if not option and fate(name)[0] == 'unknown':
             raise ConfigError(f'command line: {argument}: {describe(name)}; see --help')
         if not equals and not (option and option.kind == 'flag'):
@@ -617,15 +610,16 @@ class Config:
         return [(name, value.replace('%(_)', text), where) for text in texts for name, value, where in body]
 
     def texts_of_block(self, setting):
+        """What %(_) stands for in a block: several texts in a loop, one or none in an if."""
         value = self.fill(setting.value)
         if setting.name in LOOPS:
             return LOOPS[setting.name](value)
         subject, equals, wanted = map(str.strip, value.partition('='))
-        found = (BLOCKS[setting.name] or self.first)(subject)
-        held = found not in (None, False) and (not equals or found == wanted)
-        if held == setting.name.startswith('if-not-'):
-            return []
-        return ['%(_)' if not held else subject if found is True else found]
+        found = (BLOCKS[setting.name] or self.first)(subject)           # True or False, or a text or None
+        holds = found not in (None, False) and (not equals or found == wanted)
+        if setting.name.startswith('if-not-'):
+            return [] if holds else ['%(_)']            # it stays as it is
+        return [subject if found is True else found] if holds else []
 
     def read_ini(self, setting):
         """The lines of the section [uwsgi] of a file, or of another: file:section, :section (of the last file)."""
@@ -763,10 +757,10 @@ def usage():
 #
 # No client is waited for without a bound: it is poll(2) with a time, or RWF_NOWAIT, which saves even that.
 #
-# Everything that is logged goes to descriptor 2, which `logto` puts on a file. One line is one
-# os.write(), so that the lines of many processes don't mix. A log that can't be written (disk full,
-# pipe closed, or full because nobody reads it) is no reason to stop serving: lines are lost then, and
-# counted. O_NONBLOCK would hold for other programs that share the descriptor too.
+# Everything that is logged goes to descriptor 2, which `logto` puts on a file. One line is one os.write(), so that the
+# lines of many processes don't mix. A log that can't be written (disk full, pipe closed, or full because nobody reads
+# it) is no reason to stop serving: lines are lost then, and counted. It isn't set to O_NONBLOCK, which would hold for
+# other programs that share the descriptor too.
 
 def ready_within(fd, event, seconds):
     """Does an event come to a descriptor within so many seconds? Errors are events always, and so is the end of a
@@ -825,8 +819,8 @@ class Log(io.FileIO):
     sys.stderr too: an application that prints should neither wait for the log nor fail with it."""
 
     __slots__ = 'fd', 'path', 'looked', 'lost', 'put', 'behind'         # -0.1 us for each line
-    opened, date = [], ''               # of all: themselves; the option log-date, a format of strftime(), or nothing
-    impatient_until = 0.0               # of all too: one that is stuck is enough
+    opened, date = [], ''               # of all Logs: a list of them; log-date as a format of strftime(), or ''
+    impatient_until = 0.0               # of all too: when one is stuck, none waits until then
 
     def __init__(self, fd, path=None):
         super().__init__(fd, 'w', closefd=False)
@@ -878,7 +872,7 @@ class Log(io.FileIO):
         return size
 
 
-while (spare := os.open(os.devnull, os.O_RDWR)) < 3:    # closed at the start: no socket should take the log's place
+while (spare := os.open(os.devnull, os.O_RDWR)) < 3:    # if they were closed at the start, a socket would be 2
     pass
 os.close(spare)
 main_log = Log(2)
@@ -958,7 +952,7 @@ class RequestLog:
     def add(self, environ, response, requests, variables, size, ended, took):
         """requests: of this core so far; variables, size: number and bytes of those in the packet; ended: a
         time.monotonic(); took: seconds."""
-        if ended >= self.next_second:                   # what all lines of a second share
+        if ended >= self.next_second:                   # the date is that of all lines of a second
             date = time.time()
             self.next_second, self.date = ended + 1 - date % 1, time.ctime(date)        # strftime() heeds the locale
         self.total[0] = total = self.total[0] + 1
@@ -1006,10 +1000,9 @@ class RequestLog:
 # ---------------------------------------------------------------------------------------------
 # 3. Sockets
 #
-# The master binds, the workers accept: all of them inherit the same listening socket, and the
-# kernel gives each connection to one of them. A unix socket has its mode from the first moment
-# (umask round bind), and its file is removed only while it is still ours (device and inode), as
-# another server may have taken the name over.
+# The master binds, the workers accept: all of them inherit the same listening socket, and the kernel gives each
+# connection to one of them. A unix socket has its mode from the first moment (umask round bind), and its file is
+# removed only while it is still ours (device and inode), as another server may have taken the name over.
 
 LISTEN_MAX = int(read_if_there('/proc/sys/net/core/somaxconn') or 1 << 30)     # the kernel cuts silently: listen(2)
 
@@ -1066,7 +1059,7 @@ def user_and_group(config):
 def socket_owner(config):
     """(uid, gid) for the files of sockets."""
     if not config.chown_socket:
-        return (-1, -1) if os.getuid() else user_and_group(config)      # as others they are ours already
+        return (-1, -1) if os.getuid() else user_and_group(config)      # not root: they are ours already
     where, (user, _, group) = config.where(config.chown_socket, 'chown-socket'), config.chown_socket.partition(':')
     return id_of('user', user, where), id_of('group', group, where)
 
@@ -1159,7 +1152,7 @@ class Listener:
         except (OSError, ValueError) as error:
             hint = HINTS.get(getattr(error, 'errno', 0), '')
             raise ConfigError(f"can't bind {address}: {getattr(error, 'strerror', None) or error}{hint}") from None
-        where = self.socket.getsockname()               # for the log and the environ it is what the kernel says
+        where = self.socket.getsockname()               # the kernel's name, for the log and the environ
         self.name, self.host, self.port = name_of(where), 'localhost', '80'
         if type(where) is tuple:
             self.host, self.port = self.name.rsplit(':', 1)
@@ -1193,7 +1186,7 @@ class Listener:
         self.socket = socket.socket(family, kind)
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)       # what it accepts inherits this
-        if self.protocol == 'uwsgi' and hasattr(socket, 'TCP_DEFER_ACCEPT'):    # its bytes are there then
+        if self.protocol == 'uwsgi' and hasattr(socket, 'TCP_DEFER_ACCEPT'):    # not before its bytes are there
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 4)
         self.socket.bind(where)
 
@@ -1309,12 +1302,11 @@ class Expected:
     """What the next packet looks like, guessed from an earlier one: -4 us of 14 for each request. Core.serve()
     compares packets with `plan`; here it is made (learn_order), and what doesn't fit it is read (rest).
 
-    A web server sends its variables in the same order each time. So a plan has, for each variable that
-    changes, a piece (raw, size, name): the text in front of its value, to be compared at once instead
-    of reading a length and looking up a name. Variables that stay the same are a part of the next raw,
-    with their value, which is in the plan's template already. What comes before the REQUEST_URI of a
-    GET without a query is one text, `start`. Nothing is believed unseen: from the first piece that
-    isn't there, rest() reads the block without a guess.
+    A web server sends its variables in the same order each time. So a plan has, for each variable that changes, a
+    piece (raw, size, name): raw is the text in front of its value, to be compared at once instead of reading a length
+    and looking up a name. A variable that stays the same (a constant) is a part of the next raw, with its value, which
+    environ has from the plan's template. What comes before the REQUEST_URI of a GET without a query is one text,
+    `start`. Nothing is believed unseen: from the first piece that isn't there, rest() reads the block without a guess.
 
     After REQUEST_METHOD=GET, SERVER_NAME=a, REQUEST_URI=/x the pieces are '\\16\\0REQUEST_METHOD' and
     '\\13\\0SERVER_NAME\\1\\0a\\13\\0REQUEST_URI'. If the second isn't there, SERVER_NAME may be another, or none:
@@ -1322,8 +1314,8 @@ class Expected:
 
     def __init__(self, base):
         self.base = base                                # the environ without the web server's variables
-        # start (or None) and where it ends, what gives the environ up to there, the pieces after it; for other
-        # packets what gives the environ, and all pieces; how many variables. ('nothing' is never found: its size is 0.)
+        # start (or None), start_end, started_environ (gives the environ up to there), started_pieces (those after it);
+        # for other packets new_environ, all_pieces; how many variables. ('nothing' is never found: its size is 0.)
         self.plan = None, 4, base.copy, (), base.copy, (('nothing', 0, ''),), 0
         self.constants = []     # names of those in the template, in their order
         self.missed = {}        # raw -> (text of its constants; constants before it, and with it; variables before it)
@@ -1331,9 +1323,9 @@ class Expected:
 
     def rest(self, environ, memory, text, at, raw):
         """Read the variables from at on; raw is the piece that wasn't there ('': all were). Their number."""
-        same, known, then, number = self.missed.get(raw, ('', len(self.constants), 0, self.plan[-1]))
-        if same and text.startswith(same, at):          # another header follows than before: mostly it is this
-            at, number, known = at + len(same), number + then - known, then
+        constants, known, with_them, number = self.missed.get(raw, ('', len(self.constants), 0, self.plan[-1]))
+        if constants and text.startswith(constants, at):        # as mostly: they are there, and another header follows
+            at, number, known = at + len(constants), number + with_them - known, with_them
         for name in self.constants[known:]:
             environ.pop(name, None)
             if name in self.base:                       # SCRIPT_NAME is always there
@@ -1368,48 +1360,43 @@ class Expected:
 
     def learn_order(self, memory, text):
         """Make the plan from a block that was found to be right, if it is a good example."""
-        found, at = {}, 4                               # name -> (where it ends, its value)
-        while at < len(text):
-            value = at + 4 + memory[at]
-            after = value + memory[value - 2] + (memory[value - 1] << 8)
-            name = sys.intern(text[at + 2:value - 2])
-            if name in found or name in UNWANTED or name == 'HTTP_TRANSFER_ENCODING':
-                return
-            found[name] = value - 2, text[value:after]
-            at = after
-        names = list(found)
+        pairs = [(sys.intern(name), value) for name, value in unpack_vars(memory[4:len(text)])]
+        names = [name for name, _ in pairs]
         last = max((i for i, name in enumerate(names) if name not in CONSTANT), default=-1)
-        if not {'HTTPS', 'REQUEST_SCHEME', 'UWSGI_SCHEME'}.isdisjoint(names[last + 1:]):
-            return                                      # what the scheme follows from must be known in the template
-        pieces, template, begin, known = [], dict(self.base), 4, 0
+        if len(set(names)) < len(names) or not UNWANTED.isdisjoint(names) or 'HTTP_TRANSFER_ENCODING' in names \
+                or not {'HTTPS', 'REQUEST_SCHEME', 'UWSGI_SCHEME'}.isdisjoint(names[last + 1:]):
+            return                                      # the last: the template must know what makes wsgi.url_scheme
+        pieces, template, begin, end, known = [], dict(self.base), 4, 4, 0
         self.constants, self.missed = [], {}
-        for i, (name, (end, value)) in enumerate(found.items()):
+        for i, (name, value) in enumerate(pairs):
+            middle = end + 2 + len(name)
+            end = middle + 2 + len(value)
             if name in CONSTANT and i < last:
                 template[name] = value
                 self.constants.append(name)
             else:
-                raw = text[begin:end]
+                raw = text[begin:middle]
                 self.missed[raw] = raw[:-2 - len(name)], known, len(self.constants), known + len(pieces)
                 pieces.append((raw, len(raw), name))
-                begin, known = end + 2 + len(value), len(self.constants)
+                begin, known = end, len(self.constants)
         set_scheme(template)
-        start, end, started, rest = None, 4, template, ()               # no text is equal to None
-        before = names[:names.index('REQUEST_URI')] if 'REQUEST_URI' in found else ()
-        begun = {name: found[name][1] for name in before}
-        if begun.get('REQUEST_METHOD') == 'GET' and begun.get('QUERY_STRING') == begun.get('CONTENT_LENGTH') == '':
-            end, _ = found['REQUEST_URI']
-            start, started = text[4:end], {**template, **begun}
-            rest = ('', 0, 'REQUEST_URI'), *pieces[[name for _, _, name in pieces].index('REQUEST_URI') + 1:]
-        self.plan = start, end, started.copy, rest, template.copy, tuple(pieces), len(found)
+        start, start_end, started, started_pieces = None, 4, template, ()       # no text is equal to None
+        before = dict(pairs[:names.index('REQUEST_URI')]) if 'REQUEST_URI' in names else {}
+        if before.get('REQUEST_METHOD') == 'GET' and before.get('QUERY_STRING') == before.get('CONTENT_LENGTH') == '':
+            start_end = len(pack_request(before)) + 2 + len('REQUEST_URI')
+            start, started = text[4:start_end], {**template, **before}
+            behind = [name for _, _, name in pieces].index('REQUEST_URI') + 1
+            started_pieces = ('', 0, 'REQUEST_URI'), *pieces[behind:]
+        self.plan = start, start_end, started.copy, started_pieces, template.copy, tuple(pieces), len(pairs)
         self.countdown = 200
 
 
 # ---------------------------------------------------------------------------------------------
 # 5. HTTP/1.1
 #
-# RFC 9112, as far as a server behind a load balancer or for a browser needs it. The head becomes
-# the same environ as a packet. What could be read in two ways (and so smuggle a request past a
-# proxy) is refused: lengths given twice, bare line ends, blanks before a colon.
+# RFC 9112, as far as a server behind a load balancer or for a browser needs it. A head becomes the same environ as a
+# packet. What could be read in two ways (and so smuggle a request past a proxy) is refused: lengths given twice, bare
+# line ends, blanks before a colon.
 
 HEAD_MAX, LINE_MAX, FIELDS_MAX = 65536, 16384, 200      # bytes of a head, of its first line; lines after that
 TOKEN = frozenset("!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
@@ -1505,7 +1492,7 @@ def parse_fields(fields):
         raise BadRequest(f'more than {FIELDS_MAX} headers', '431 Request Header Fields Too Large')
     headers = {}
     for line in lines:
-        key, value = HEADER_LINES.get(line) or parse_line(line)         # many clients send the same line
+        key, value = HEADER_LINES.get(line) or parse_line(line)         # many clients send the same
         if key in headers:
             if key in SINGLE:
                 raise BadRequest(f'{key.replace("HTTP_", "")} is there twice')
@@ -1583,11 +1570,10 @@ def client_address(environ, trusted):
 # ---------------------------------------------------------------------------------------------
 # 6. WSGI (PEP 3333)
 #
-# The application gets environ and start_response, and returns an iterable of bytes. One Response
-# for each thread that serves is used for one request after the other: it checks the head, holds the
-# application to the length that it promised, and sends. What there is to send becomes a job: a
-# generator that does what can be done at once and yields (event, seconds) when it has to wait, so
-# that the worker can leave it to somebody else (part 9).
+# The application gets environ and start_response, and returns an iterable of bytes. Each thread that serves has one
+# Response, for one request after the other: it checks the head, holds the application to the length that it promised,
+# and sends. What there is to send becomes a job: a generator that does what can be done at once, and yields (event,
+# seconds) when it has to wait, so that the worker can leave it to a thread (part 9).
 
 SMALL = 32768                           # so much always fits into an empty socket buffer: write() can't block
 IOV_MAX, READ_MAX = 1024, 65536         # the most pieces that writev(2) takes; bytes to read at once
@@ -1604,8 +1590,8 @@ def unread(fd):
 
 
 def still_unread(fd, event, seconds, before):
-    """A client let us wait for so long. A socket counts as writable when MBs of it are free, for which it may take its
-    time as long as it goes on: what it has left of the bytes that were unread before. Else it was too slow."""
+    """A client let us wait for so many seconds. It was too slow, unless it went on reading meanwhile: for a socket to
+    count as writable it may have to read MBs. `before`, and returned: how many bytes are (still) unread."""
     left = unread(fd)
     if event != select.POLLOUT or seconds <= 0 or before - left < SLOWEST * seconds:
         raise ClientGone(errno.ETIMEDOUT, 'the client was too slow')
@@ -1715,7 +1701,6 @@ def run_a_while(fd, job):
         until = until or now + KEEP_UP
         if now >= until or not ready_within(fd, event, until - now):
             return job
-    return None
 
 
 class EmptyInput(io.RawIOBase):
@@ -1948,10 +1933,10 @@ class Response:
                 self.keep, self.ending = False, 'drain'
         elif self.length is None:
             headers += b'Content-Length: %d\r\n' % self.left
-        if self.body is not None and self.body.left:
+        if self.body is not None and self.body.left:    # the application has not read it all, or could not
             if self.body.bad:
                 raise self.body.bad
-            self.keep = self.body.wants_continue = False        # it may never come
+            self.keep = self.body.wants_continue = False        # its rest may never come
         if not self.keep:
             headers += b'Connection: close\r\n'
         elif self.http == 'HTTP/1.0':
@@ -1961,7 +1946,7 @@ class Response:
     def frame(self, chunks, whole=False):
         """Hold chunks to the promised length; put the head and the sizes of chunks round them. whole: are they all?"""
         size = sum(map(len, chunks))
-        framed = [] if self.sent else [self.take_head(size if whole else None)]         # never the application's list
+        framed = [] if self.sent else [self.take_head(size if whole else None)]         # never the application's own
         if self.left is not None:
             if size > self.left:
                 if self.length != -1:
@@ -2013,15 +1998,7 @@ class Response:
                 result = [result]
             job = self.file_job(result) if type(result) is FileWrapper else self.list_job(result)
             if job is None:
-                until = None
-                for chunk in result:
-                    if chunk == b'':
-                        continue                        # PEP 3333: the head may still be changed
-                    if self.sent and self.left == 0:    # nothing more may be sent, so nobody would see the client go,
-                        until = until or time.monotonic() + 1           # and a stream without end would hold us
-                        if time.monotonic() > until:
-                            break
-                    self.write(chunk)
+                self.write_each(result)
                 job = self.list_job([])
             return run_a_while(self.fd, job)
         finally:
@@ -2030,6 +2007,19 @@ class Response:
                     result.close()
             except Exception:                           # the response was not harmed by it
                 log_exception("close() of the application's result failed")
+
+    def write_each(self, chunks):
+        """write() what comes from an iterator. When nothing more may be sent, what still comes has a second: nobody
+        would see the client go, and a stream without end would hold us."""
+        until = math.inf
+        for chunk in chunks:
+            if chunk == b'':                            # PEP 3333: the head may still be changed
+                continue
+            if self.sent and self.left == 0:
+                until = min(until, time.monotonic() + 1)
+                if time.monotonic() > until:
+                    break
+            self.write(chunk)
 
     def list_job(self, chunks):
         """A job that sends a list or tuple of bytes and ends the response; None for what has to be iterated over."""
@@ -2079,10 +2069,10 @@ class Response:
 # ---------------------------------------------------------------------------------------------
 # 7. Static files
 #
-# If an option asks for static files, the application is wrapped in another, which answers GET and
-# HEAD for regular files and leaves everything else to it. A path with .. in it is nobody's, and what
-# a path names is followed through all links before it is compared with the directory that it must be
-# in; so no spelling leads out. CGI scripts (part 8) are found in the same way.
+# If an option asks for static files, the application is wrapped in another, which answers GET and HEAD for regular
+# files and leaves everything else to it. No path with .. in it is served, and what a path names is followed through
+# all links before it is compared with the directory that it must be in; so no spelling leads out. CGI scripts (part 8)
+# are found in the same way.
 
 def in_words(start_response, status, why, *headers):
     """Answer in plain text."""
@@ -2170,7 +2160,7 @@ def send_static(environ, start_response, file, seconds):
     answer, part = byte_range(environ, size, (tag, modified))
     if is_fresh(environ, tag, modified):
         start_response('304 Not Modified', headers)
-        return FileWrapper(file)                        # to close it
+        return FileWrapper(file)                        # which closes it
     if answer[:3] == '416':
         file.close()
         return in_words(start_response, answer, f'{size} bytes', ('Content-Range', f'bytes */{size}'))
@@ -2217,12 +2207,11 @@ def with_static_files(config, application):
 # ---------------------------------------------------------------------------------------------
 # 8. Other languages
 #
-# Any program can be the worker of a master that owns the socket: with `worker-exec` each worker
-# becomes a command that finds the listening socket at its descriptor 0. php-cgi speaks FastCGI there,
-# a Go program what it likes. For Ruby and Perl the program stands here: the protocol of part 4 in two
-# other languages. Both read a body whole, a large one into a file, before they call the application;
-# so no byte is left unread that would reset the connection. The master stops them by SIGTERM, which
-# they heed between two requests.
+# Any program can be the worker of a master that owns the socket: with `worker-exec` each worker becomes a command that
+# finds the listening socket at its descriptor 0. php-cgi speaks FastCGI there, a Go program what it likes. For Ruby and
+# Perl the program stands here: the protocol of part 4 in two other languages. Both read a body whole, a large one into
+# a file, before they call the application; so no byte is left unread that would reset the connection. The master stops
+# them by SIGTERM, which they heed between two requests.
 
 RACK = r'''
 require 'rack'; require 'socket'; require 'stringio'; require 'tempfile'
@@ -2320,7 +2309,6 @@ def worker_command(config):
     if config.worker_exec:
         import shlex
         return shlex.split(config.worker_exec)
-    return None
 
 
 def become(command, sockets, master):
@@ -2345,13 +2333,12 @@ def become(command, sockets, master):
         log(f"minuwsgi: can't execute {command[0]}: {error.strerror}")
 
 
-# CGI (RFC 3875) is a WSGI application that runs a program for each request. Its input is a file with the
-# whole body: nginx stops sending one when an answer begins, so a program that writes while it reads
-# would wait for ever. Its output is streamed. The program leads a process group, which is killed when
-# the client leaves or the program is silent for too long.
+# CGI (RFC 3875) is a WSGI application that runs a program for each request. Its input is a file with the whole body:
+# nginx stops sending one when an answer begins, so a program that writes while it reads would wait for ever. Its output
+# is streamed. It leads a process group, which is killed when the client leaves or the program is silent for too long.
 
 CGI_NAMES = ('HTTP', 'SERVER_', 'REMOTE_', 'REQUEST_', 'QUERY_', 'CONTENT_', 'DOCUMENT_', 'PATH_', 'SCRIPT_', 'AUTH_',
-             'SSL_CLIENT_')             # how names begin that a request may set, as with Apache's suexec
+             'SSL_CLIENT_')             # variables of a request begin so, as with Apache's suexec
 
 
 def cgi_variables(environ, root, file, name, info):
@@ -2362,9 +2349,9 @@ def cgi_variables(environ, root, file, name, info):
     variables.update(GATEWAY_INTERFACE='CGI/1.1', SERVER_SOFTWARE=f'minuwsgi/{__version__}', REDIRECT_STATUS='200',
                      SCRIPT_NAME=name, SCRIPT_FILENAME=file, PATH_INFO=info,
                      PATH_TRANSLATED=info and variables['DOCUMENT_ROOT'] + info)
-    variables['HTTP_PROXY'] = ''                        # a header must not steer the clients within the program
-    not_empty = 'HTTP_PROXY', 'PATH_INFO', 'PATH_TRANSLATED', 'CONTENT_LENGTH', 'CONTENT_TYPE'
-    return {key: value for key, value in variables.items() if value or key not in not_empty}
+    variables.pop('HTTP_PROXY', None)                   # a header must not steer the clients within the program
+    left_out = 'PATH_INFO', 'PATH_TRANSLATED', 'CONTENT_LENGTH', 'CONTENT_TYPE'         # if they are empty
+    return {key: value for key, value in variables.items() if value or key not in left_out}
 
 
 class CgiOutput(io.RawIOBase):
@@ -2472,9 +2459,17 @@ def cgi_application(config, fallback):
 # ---------------------------------------------------------------------------------------------
 # 9. Offload threads
 #
-# A client that reads slowly must not hold a worker. The worker runs a job (part 6) itself as long as
-# the client keeps up, which is the cheapest way; then the job moves to a thread that waits for
-# hundreds of descriptors at a time. sendfile(2) and writev(2) run without the GIL.
+# A client that reads slowly must not hold a worker. The worker runs a job (part 6) itself as long as the client keeps
+# up, which is cheapest; then the job moves to a thread, which waits for hundreds of descriptors at a time. The GIL
+# doesn't hold it up: sendfile(2) and writev(2) run without it.
+
+def start_thread(function, *arguments, name=None):
+    """A thread that ends with the process. (`threading` costs memory: it is imported where there is one.)"""
+    import threading
+    thread = threading.Thread(target=function, args=arguments, name=name, daemon=True)
+    thread.start()
+    return thread
+
 
 class Offloader:
     """A thread of a worker that runs jobs. It starts with the first job."""
@@ -2486,7 +2481,7 @@ class Offloader:
         os.set_blocking(self.wake_read, False)
         self.poll.register(self.wake_read, select.EPOLLIN)
         self.jobs = {}          # fd -> (job, done, event that it waits for, seconds for it, unread bytes, deadline)
-        self.ending = False                             # is there one that jobs has no more, but done() not yet?
+        self.ending = False                             # is there one between jobs and the end of its done()?
 
     def take(self, fd, job, done):
         """Queue a job for the thread. When it has ended, done(fd, ok) is called and owns fd; ok: all was sent."""
@@ -2500,10 +2495,7 @@ class Offloader:
 
     def start(self):
         if self.thread is None:
-            import threading
-            thread = threading.Thread(target=self.run, name='offload', daemon=True)
-            thread.start()
-            self.thread = thread
+            self.thread = start_thread(self.run, name='offload')
 
     def run(self):
         closing = False
@@ -2552,7 +2544,7 @@ class Offloader:
             job.close()
         except OSError as error:                        # the application has closed it, or the file
             log(f'offload: {error.strerror}')
-        self.ending = False                             # at a stop its connection was waited for
+        self.ending = False                             # not before: at a stop its connection is waited for
 
     def finish(self):
         """Wait until all jobs are done."""
@@ -2564,20 +2556,20 @@ class Offloader:
 # ---------------------------------------------------------------------------------------------
 # 10. Serving requests
 #
-# A core serves one request at a time; a worker with several threads has several. Core.serve() is the
-# hot path: for a small request behind nginx it makes four system calls, accept4, preadv2, write, close.
-# With one socket and one thread it waits in accept() itself; a select before it would be one more call,
-# and would wake all workers for a connection that one gets. With several sockets, HTTP or threads,
-# Core.wait() stands in for accept(): it watches listeners and kept HTTP connections at once, so that
-# those that are silent or slow hold nobody.
+# A core serves one request at a time; a worker has one for each thread. Core.serve() is the hot path: for a small
+# request behind nginx it makes four system calls, accept4, preadv2, write, close. With one socket and one thread it
+# waits in accept() itself; a select before it would be one more call, and would wake all workers for a connection that
+# one gets. With several sockets, HTTP or threads, Core.wait() stands in for accept(): it watches listeners and kept
+# HTTP connections at once, so that those that are silent or slow hold nobody.
 
 # A row of the scoreboard, one for each core, in shared memory: the last packet, then these numbers.
-# READY: 1, or from when on it counts as ready. STARTED: when its request began, later by what its client takes, even in
-# the future while we wait for it; 0: there is none; -1: its head is still coming. RUNNING: seconds in all.
-# LEAVING: 1 wants a successor, 2 has heard that it must stop.
-PID, NUMBER, READY, STARTED, REQUESTS, ERRORS, RUNNING, LEAVING = range(8)
+# READY: from which time.monotonic() on the worker counts as ready (1 is long ago); 0: it doesn't yet.
+# STARTED: when its request began, later by what its client takes (so in the future while we wait for it); 0: there is
+# none; -1: its head is still coming. RUNNING: seconds in all.
+# LEAVING: does it want a successor? HEARD: does it know that it must stop?
+PID, NUMBER, READY, STARTED, REQUESTS, ERRORS, RUNNING, LEAVING, HEARD = range(9)
 NUMBERS = PACKET_MAX + 261              # where they begin: Expected.rest() looks up to 258 bytes beyond a bad packet
-ROW_SIZE = NUMBERS + 8 * 8
+ROW_SIZE = NUMBERS + 9 * 8
 
 
 def memory_of(pid='self'):
@@ -2616,14 +2608,14 @@ class Connection:
         self.fd, self.template = fd, template
         self.address, self.port = (address[0], str(address[1])) if type(address) is tuple else ('', '')
         self.data, self.end = b'', -1                   # read, but not yet used; where the head ends in it
-        self.fields = None                              # of the last request, see learn()
+        self.fields = None                              # of the last head, see learn()
         self.deadline = None                            # a time.monotonic(), once it is parked; until then it blocks
         self.events = 0                                 # what the worker's epoll watches it for; 0: nothing
 
     def learn(self, fields):
         """Read a head from ' HTTP/1.1' on, and keep what it says: clients mostly send the same again. The environ."""
         parse = parse_fields if self.fields is None and len(fields) < 4096 else parse_fields.__wrapped__
-        headers, self.keep, self.length = parse(fields)         # remembered is how connections begin
+        headers, self.keep, self.length = parse(fields)         # the cache is for first requests
         environ = self.template | headers
         environ['REMOTE_ADDR'], environ['REMOTE_PORT'] = self.address, self.port
         self.fields, self.new_environ = fields, environ.copy
@@ -2664,15 +2656,15 @@ class Harakiri(BaseException):
 class KeptConnections:
     """What Core.wait() watches: the listeners, and the HTTP connections that no core serves. Such a connection is
     in one place at a time: parked here, claimed by the core that serves it (by parked.pop()), or lent to an
-    Offloader; only who has it closes it. It stays with its worker: while all cores of that one are busy, it
-    waits. With threads, an event is for one of them alone (EPOLLONESHOT)."""
+    Offloader; only its holder closes it. It stays with its worker, and waits while all cores of that are busy. With
+    threads, an event is for one of them alone (EPOLLONESHOT)."""
 
     def __init__(self, listeners, config, dead_end):
         self.listeners, self.parked = listeners, {}     # parked: descriptor -> Connection
         self.http_timeout, self.socket_timeout = config.http_timeout, config.socket_timeout
-        self.dead_end = dead_end                        # a pipe that has hung up: at a stop it wakes who waits
-        self.undrained, self.drain_until = {}, math.inf         # at a stop: listener -> how many may wait there yet
-        self.closing_at = math.inf                      # when a stopping worker leaves those that are silent
+        self.dead_end = dead_end                        # a pipe whose other end is closed: ends poll() at a stop
+        self.undrained = {}                             # at a stop: listener -> how many of its queue are to come yet
+        self.drain_until = self.closing_at = math.inf   # until when; and from when on those that are silent are closed
         self.next_look = 0.0
         self.poll = select.epoll()
         for fd, listener in listeners.items():
@@ -2683,8 +2675,10 @@ class KeptConnections:
     def events(self):
         """[(descriptor, event)], none if nothing comes for a second."""
         if self.undrained:
+            if time.monotonic() > self.drain_until:
+                self.undrained.clear()
             return [(fd, 0) for fd in list(self.undrained)]
-        return self.poll.poll(1 if self.parked else None, 1 if self.one_shot else 64)   # threads must not hoard
+        return self.poll.poll(1 if self.parked else None, 1 if self.one_shot else 64)   # to each thread one
 
     def park(self, connection, deadline, events=select.EPOLLIN):
         """Wait for more from the client, or another event of epoll(7), without a thread that waits."""
@@ -2702,8 +2696,8 @@ class KeptConnections:
                     raise                               # else another thread has closed it already
 
     def keep(self, connection, now, events=select.EPOLLIN):
-        """It has had its response, and waits for the next request. One that has come already brings no event any
-        more, but that there is room to write does. now: a time.monotonic()."""
+        """It has had its response, and waits for the next request. If that is here already, no event will tell of it:
+        so we ask for room to write too, which there is at once. now: a time.monotonic()."""
         seconds = self.http_timeout
         if connection.data:
             connection.data = skip_empty_lines(connection.data)
@@ -2714,42 +2708,40 @@ class KeptConnections:
         self.park(connection, now + seconds, events)
 
     def take_back(self, connection, fd, ok):
-        """The end of the job, in its thread: wait() has to wake up, and to look at the time from now on."""
+        """The end of the job, in its thread. wait() has to wake up at once, to look at deadlines from now on."""
         self.keep(connection, time.monotonic(), select.EPOLLIN | select.EPOLLOUT) if ok else close_hard(fd)
 
     def stop(self, seconds):
-        """No new connections but those that wait already, since the kernel may have told us alone of them: as many as
-        so many seconds allow."""
+        """No new connections but those that wait already, as the kernel may have told us alone of them; and those for
+        so many seconds at the most (0: none)."""
         now = time.monotonic()
         self.closing_at, self.drain_until = now + 1, now + seconds
         for fd in self.listeners:
             with contextlib.suppress(OSError):
                 self.poll.unregister(fd)
-        # Not before: until now it could tell us of another one.
+        # Counted only now: until here the kernel could tell us of one more.
         self.undrained = {fd: listener.waiting() for fd, listener in self.listeners.items()} if seconds else {}
         self.poll.register(self.dead_end, 0)
 
     def may_accept(self, fd):
-        """At a stop: is there one of those who waited then?"""
+        """At a stop: is there still one of those who waited then?"""
         left = self.undrained.pop(fd, 0)
         if left > 1:
             self.undrained[fd] = left - 1
         return left > 0
 
-    def look_at_time(self, saw_any, jobs):
-        """Once a second: close those whose time is up. At a stop: leave when nothing more comes, and no job can give
-        a connection back."""
+    def end_when_empty(self, jobs):
+        """After stop(), when no event came. jobs: are there any that may give a connection back?"""
+        if time.monotonic() > self.closing_at:          # who has begun a head may end it, and its event may yet come
+            self.close(lambda one: not one.data and not ready_within(one.fd, select.POLLIN, 0))
+        if self.closing_at < math.inf and not (self.parked or self.undrained or jobs):
+            raise OSError(errno.ENOTSOCK, 'told to stop')               # as accept() does at a dead end
+
+    def close_overdue(self):
+        """Once a second: close those whose time is up."""
         now = time.monotonic()
-        if now > self.drain_until:
-            self.undrained.clear()
-        if self.closing_at < math.inf and not saw_any:
-            if now > self.closing_at:                   # who has begun a head may end it, and its event may yet come
-                self.close(lambda one: not one.data and not ready_within(one.fd, select.POLLIN, 0))
-            if not (self.parked or self.undrained or jobs):
-                raise OSError(errno.ENOTSOCK, 'told to stop')           # as accept() does at a dead end
-        if now >= self.next_look:
-            self.next_look = now + 1
-            self.close(lambda connection: connection.deadline < now)
+        self.next_look = now + 1
+        self.close(lambda connection: connection.deadline < now)
 
     def make_room(self):
         """Close a part of those that are silent the longest; False if there are none."""
@@ -2759,15 +2751,17 @@ class KeptConnections:
         return bool(idle)
 
     def close(self, condition):
+        """Close parked connections. Another thread may serve one, and park it again, or a new one with the same
+        descriptor, at any moment: so each is claimed first, and then asked again."""
         for fd in [fd for fd, connection in list(self.parked.items()) if condition(connection)]:
             connection = self.parked.pop(fd, None)
-            if connection is None:                      # another thread was faster
+            if connection is None:
                 continue
-            if not condition(connection):               # and this is a new one with the same descriptor
-                self.parked[fd] = connection            # its event may have come meanwhile
-                if connection.events:                   # else who parks it now has still to register it
-                    with contextlib.suppress(FileNotFoundError):        # or is just about to
-                        self.poll.modify(fd, connection.events | self.one_shot)
+            if not condition(connection):
+                self.parked[fd] = connection
+                if connection.events:                   # 0: who parks it now has still to register it
+                    with contextlib.suppress(FileNotFoundError):        # or is just about to; an event that came
+                        self.poll.modify(fd, connection.events | self.one_shot)         # meanwhile comes again
                 continue
             if connection.data:
                 with contextlib.suppress(OSError):
@@ -2786,7 +2780,7 @@ class Core:
         self.buffers = [self.row.packet]                # what preadv() wants
         self.accepts = 0
         self.trusted = self.config.trust_proxy
-        self.late = 0.0                                 # until then a client may have waited for too long
+        self.late = 0.0                                 # until then clients may have given up waiting
         self.template = {
             'REQUEST_METHOD': 'GET', 'SCRIPT_NAME': '', 'PATH_INFO': '', 'QUERY_STRING': '', 'SERVER_NAME': 'localhost',
             'SERVER_PORT': '80', 'SERVER_PROTOCOL': 'HTTP/1.1', 'wsgi.version': (1, 0), 'wsgi.url_scheme': 'http',
@@ -2963,7 +2957,7 @@ class Core:
         self.row.numbers[ERRORS] += 1
         if isinstance(error, BadRequest):
             status, why, response.ending = error.status, str(error), 'drain'
-            log_now_and_then(why[:12], f'bad request: {why}')           # a cause begins with its own words
+            log_now_and_then(why[:12], f'bad request: {why}')           # causes differ in their first words
         else:
             log_exception(f'{request}: the application failed')
         if isinstance(error, Harakiri):
@@ -2984,7 +2978,7 @@ class Core:
         response, ending, done = self.response, self.response.ending, close_after
         response.ending = ''
         if body is not None:
-            body.pieces = iter(())                      # later reads get nothing; and it was a cycle of references
+            body.pieces = iter(())                      # later reads get nothing, and a cycle of references ends
             if response.http:
                 connection.data = bytes(body.begun)     # what came behind it: the next requests
         if response.keep:
@@ -3019,7 +3013,7 @@ class Core:
                 if connection is None:
                     listener = kept.listeners.get(fd)
                     if listener is None:
-                        if fd == kept.dead_end:         # it stays so, for all threads
+                        if fd == kept.dead_end:         # the event never ends, and wakes all threads
                             time.sleep(0.01)
                         continue
                     draining = self.worker.stopping
@@ -3045,8 +3039,10 @@ class Core:
                 self.saw_any = True
                 if self.read_head(connection):
                     return connection.fd, connection
-            if self.worker.stopping or time.monotonic() >= kept.next_look:
-                kept.look_at_time(self.saw_any, self.worker.has_jobs())
+            if self.worker.stopping and not self.saw_any:
+                kept.end_when_empty(self.worker.has_jobs())
+            if time.monotonic() >= kept.next_look:
+                kept.close_overdue()
             self.saw_any, self.ready = False, kept.events()
 
     def read_head(self, connection):
@@ -3101,19 +3097,18 @@ class Core:
 # ---------------------------------------------------------------------------------------------
 # 11. Worker
 #
-# A worker is a process that serves. Its cores share its listeners, offload threads and kept
-# connections; the master speaks to it by signals, and it answers in the first row of its scoreboard.
+# A worker is a process that serves. Its cores share its listeners, offload threads and kept connections; the master
+# speaks to it by signals, and it answers in the first of its rows of the scoreboard.
 #
-# A stop must neither lose a connection nor wait for one. So the handler of the signal puts the end
-# of a closed pipe in the place of the listening descriptor (dup2): the accept() that was
-# interrupted is tried again by Python (PEP 475) and fails; a connection that came before is served.
-# Core.wait() finds this pipe in its epoll, and KeptConnections.look_at_time() ends it. If all end
-# (SIGTERM), those who wait at the socket by then are served too, by Core.wait() whatever took them
-# before; they are counted, as others may come for ever.
+# A stop must neither lose a connection nor wait for one. So the handler of the signal puts a dead end, a pipe whose
+# other end is closed, in the place of the listening descriptor (dup2): Python tries the interrupted accept() again
+# (PEP 475), and it fails; a connection that came before is served. Core.wait() finds the dead end in its epoll, and
+# KeptConnections.end_when_empty() ends it. If all workers end (SIGTERM), those who are in the queue by then are served
+# too, by Core.wait(), whatever took them before; they are counted, as others may come for ever.
 #
-# A signal between Python's check and the system call would go unnoticed until the next connection,
-# which is why the master repeats it. (SIGIO, by which the kernel tells of the master's death, comes
-# once: a worker that misses it serves one more request.)
+# A signal between Python's check and the system call goes unnoticed until the next connection, which is why the master
+# repeats it. (SIGIO, by which the kernel tells of the master's death, comes once: a worker that misses it serves one
+# more request.)
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGHUP, signal.SIGIO      # for a worker
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD
@@ -3127,9 +3122,9 @@ def local_name(fd):
 
 
 class ForkGuard:
-    """What a fork() in this process means, from now on. A worker becomes what it has to be by itself. What the
-    application forks is no server, and no worker: our signals aren't for it, no client waits for it, and it must hold
-    no socket for longer than we do. Signals wait meanwhile, since they would find it half done."""
+    """What a fork() in this process means, from now on. What the application forks is no server, and no worker: our
+    signals aren't for it, no client waits for it, and it must hold no socket for longer than we do. A new worker sees
+    to all this itself. Signals are blocked meanwhile, since they would find it half done."""
 
     def __init__(self, signals, descriptors):
         self.signals, self.descriptors, self.pid = signals, descriptors, os.getpid()
@@ -3182,45 +3177,38 @@ class Worker:
         self.name = f'worker {number} (pid {os.getpid()})'
         self.listeners = {listener.socket.fileno(): listener for listener in listeners}
         self.cores, self.guard = [], ForkGuard(STOP_SIGNALS, self.descriptors)
-        blocking = len(listeners) == config.threads == 1 and listeners[0].protocol == 'uwsgi'   # where accept() does
+        blocking = len(listeners) == config.threads == 1 and listeners[0].protocol == 'uwsgi'   # so accept() does
         self.kept = None if blocking else KeptConnections(self.listeners, config, self.guard.dead_end)
         self.stopping = False
         self.offloaders = [Offloader() for _ in range(max(1, config.offload_threads))]
         self.next_offloader = itertools.cycle(self.offloaders).__next__
-        self.alarm_for = -1.0                           # set_alarm() is for the request after so many
+        self.alarm_for = -1.0                           # how many requests were answered when set_alarm() was called
         self.logging = not config.disable_logging or any((
             config.log_4xx, config.log_5xx, config.log_slow, config.log_zero, config.log_big))
-        path = config.req_logger[-1] if config.req_logger else None
         self.request_log = main_log
         try:
-            self.request_log = Log(open_to_append(path), path) if path else main_log
+            for path in config.req_logger[-1:]:         # the last, if there is one
+                self.request_log = Log(open_to_append(path), path)
         except ConfigError as error:                    # it was moved away, and a new one isn't ours to make
             log(f'req-logger: {error}; the lines go to the other log')
-        self.most = math.inf                            # requests until we leave
-        if config.max_requests:                         # not all workers at the same time
-            delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
-            self.most = config.max_requests + delta
+        # After so many requests we leave, but not all workers at the same time.
+        delta = config.max_requests_delta * (number - 1) or config.max_requests * (os.getpid() % 11) // 100
+        self.most = config.max_requests + delta if config.max_requests else math.inf
         each_time = config.reload_on_rss or config.reload_on_as or config.max_requests and config.threads > 1
-        self.limit = 0 if each_time else self.most      # requests of a core until check_limits()
+        self.limit = 0 if each_time else self.most      # so many of a core, and it asks check_limits()
 
     def has_jobs(self):
-        return any(one.inbox or one.jobs or one.ending for one in self.offloaders)      # in the order in which they go
+        """Is there a job that may still give a connection back?"""
+        return any(one.inbox or one.jobs or one.ending for one in self.offloaders)      # in the order that a job takes
 
     def run(self):
         """Serve until told to stop."""
         cores = self.cores = [Core(self, i) for i in range(self.config.threads)]
-        threads = []
-        if len(cores) > 1:
-            import threading
-            for offloader in self.offloaders:
-                offloader.start()                       # not left to the first of several threads
-            threads = [threading.Thread(target=core.serve, daemon=True) for core in cores[1:]]
-            for thread in threads:
-                thread.start()
+        for offloader in self.offloaders if len(cores) > 1 else ():
+            offloader.start()                           # here: two threads with a first job would start two
+        threads = [start_thread(core.serve) for core in cores[1:]]
         if self.config.py_autoreload and self.number == 1 and self.master_pid:
-            import threading
-            threading.Thread(target=self.watch_modules, args=(times_of_modules(),), name='py-autoreload',
-                             daemon=True).start()
+            start_thread(self.watch_modules, times_of_modules(), name='py-autoreload')
         self.tell_master(READY)
         cores[0].serve()
         if cores[0].kept is not self.kept:              # it was told to stop in accept(): see on_stop()
@@ -3241,7 +3229,7 @@ class Worker:
         if self.config.harakiri or signal.getsignal(signal.SIGALRM) in (signal.SIG_DFL, self.on_harakiri):
             handlers[signal.SIGALRM] = self.on_harakiri         # else the application has its own, and no use for ours
         for number, handler in handlers.items():
-            faulthandler.unregister(number)             # when it is called again
+            faulthandler.unregister(number)             # of an earlier call
             signal.signal(number, handler)
         for number in handlers.keys() & {signal.SIGUSR2, signal.SIGALRM} if len(self.rows) == 1 else ():
             # The stack comes first, and even if Python hangs in C. Running threads can make it crash: dump_threads().
@@ -3298,12 +3286,12 @@ class Worker:
             signal.setitimer(signal.ITIMER_REAL, self.config.worker_reload_mercy)
         if self.stopping:                               # the master repeats it, to interrupt accept()
             return
-        self.stopping, self.rows[0].numbers[LEAVING] = True, 2          # 2: the master sees that it was heard
+        self.stopping = self.rows[0].numbers[LEAVING] = self.rows[0].numbers[HEARD] = True
         blocking, descriptors = not self.kept, list(self.listeners)
-        if blocking and number == signal.SIGTERM:
-            (listener,) = self.listeners.values()
+        if blocking and number == signal.SIGTERM:       # Core.wait() is to serve the queue, over a copy of the socket:
+            (listener,) = self.listeners.values()       # the descriptor that accept() uses becomes a dead end
             with contextlib.suppress(OSError):          # there may be no descriptor left for it
-                self.in_accept = listener.socket        # to be closed by nobody: its descriptor will be the dead end
+                self.in_accept = listener.socket        # so that it isn't closed
                 listener.socket = self.in_accept.dup()
                 self.listeners[listener.socket.fileno()] = listener
                 # This makes it non-blocking, for all that share it: they stop too, or see must_stop().
@@ -3369,8 +3357,8 @@ class Worker:
 # ---------------------------------------------------------------------------------------------
 # 12. Loading the application
 #
-# The application is loaded once, in the master before the fork: the workers share its memory, and a
-# mistake in it shows before anybody is served. Whatever fails is said with where it was looked for.
+# The application is loaded once, in the master before the fork: the workers share its memory, and a mistake in it shows
+# before anybody is served. What can't be found is told with where it was looked for.
 
 EXIT_CONFIG = 1                         # a mistake in the configuration, an address that can't be bound
 EXIT_NO_APP = 22                        # the application can't be loaded; uWSGI's number
@@ -3443,7 +3431,8 @@ def mounted(mounts, manage, fallback):
         script, path = environ['SCRIPT_NAME'].rstrip('/'), environ['PATH_INFO']
         prefix = next((prefix for prefix in prefixes if f'{path}/'.startswith(prefix + '/')), '')
         if manage and prefix:
-            environ['SCRIPT_NAME'], environ['PATH_INFO'] = script, _ = prefix, path[len(prefix):]
+            script = environ['SCRIPT_NAME'] = prefix
+            environ['PATH_INFO'] = path[len(prefix):]
         found = mounts.get(script, mounts.get('', fallback))
         if found is None:
             return in_words(start_response, '404 Not Found', 'no application is mounted here')
@@ -3528,9 +3517,9 @@ def look_before_fork():
 # ---------------------------------------------------------------------------------------------
 # 13. Statistics
 #
-# The rows of the scoreboard tell what each worker does. From them, and the kernel's numbers, the
-# master answers who asks (so it does even when all workers are busy), and each worker answers its
-# application. Both have uWSGI's names, for tools that know it. No variables of requests are in it.
+# The rows of the scoreboard tell what each worker does. From them, and the kernel's numbers, the master answers (so it
+# does when all workers are busy, too), and each worker answers its application. The names are uWSGI's, for tools that
+# know it. No variables of requests are in it.
 
 def state_of(rows):
     """The state of a worker; rows: one for each of its cores."""
@@ -3657,19 +3646,19 @@ def offer_uwsgi_module(config):
 # ---------------------------------------------------------------------------------------------
 # 14. Master
 #
-# The master owns the sockets, loads the application, forks workers and waits. Each signal becomes a
-# byte in a pipe (signal.set_wakeup_fd()). One loop sleeps on that pipe and its next deadline, and then
-# converges: whatever happened, it compares what is with what should be, and mends the difference. So
-# a signal that comes twice, or two that merge, do no harm. No timer is kept: each turn asks due(when)
-# for all that has its time, and what isn't due yet says when the next turn comes.
+# The master owns the sockets, loads the application, forks workers and waits. Each signal becomes a byte in a pipe
+# (signal.set_wakeup_fd()). One loop sleeps on that pipe and its next deadline, and then converges: whatever happened,
+# it compares what is with what should be, and mends the difference. So a signal that comes twice, or two that merge, do
+# no harm. No timer is kept: each turn asks due(when) for all that has its time, and what isn't due yet says when the
+# next turn comes.
 #
-# Each worker has the read end of a lifeline, a pipe whose write end only the master holds. With
-# O_ASYNC the kernel sends SIGIO when that end closes: when the master dies, however it dies.
+# Each worker has the read end of a lifeline, a pipe whose write end only the master holds. With O_ASYNC the kernel
+# sends SIGIO when that end closes: when the master dies, however it dies.
 #
-# A reload never takes a working site down. A child loads the new configuration and application as a
-# proof; if that fails, nothing else happens. Then the master executes itself anew with the same pid.
-# It inherits the sockets and the old workers, which go on serving, and replaces them one by one. Should
-# the new image fail to load all the same, the old workers go on too; none is replaced until a reload works.
+# A reload never takes a working site down. A child loads the new configuration and application as a proof; if that
+# fails, nothing else happens. Then the master executes itself anew with the same pid. It inherits the sockets and the
+# old workers, which go on serving, and replaces them one by one. Should the new image fail to load all the same, the
+# old workers go on too; none is replaced until a reload works.
 
 class Stopped(BaseException):
     """A signal that ends the server came while it was still starting."""
@@ -3719,7 +3708,7 @@ def finish_process(mercy, code):
     if threading:
         main_thread = threading.main_thread()
         with contextlib.suppress(RuntimeError):         # no memory for a thread: then nobody watches
-            threading.Thread(target=watch, daemon=True).start()
+            start_thread(watch)
         threading._shutdown()
     atexit._run_exitfuncs()
     flush_streams()
@@ -3733,7 +3722,7 @@ class Child:
 
     def __init__(self, pid, number, born, foreign, told_at, hold, rows=None):
         self.pid, self.number, self.born = pid, number, born
-        self.foreign = foreign                          # of another language: 'unknown' by worker-exec, or 'known'
+        self.foreign = foreign                          # None: Python; 'known': Ruby or Perl; or 'unknown': worker-exec
         self.told_at, self.killed = told_at, False      # when it was told to stop, or inf
         self.hold = hold                                # the end of its lifeline that is ours, see spawn()
         self.alarm = 0.0, 0.0                           # harakiri: when the request began, and when it was told
@@ -3742,9 +3731,9 @@ class Child:
         self.numbers = self.rows[0].numbers
         self.numbers[PID], self.numbers[NUMBER] = pid, number
         if self.old:
-            self.numbers[READY], self.numbers[LEAVING] = 1, 2
+            self.numbers[READY] = self.numbers[LEAVING] = self.numbers[HEARD] = 1
         elif foreign:
-            self.numbers[READY] = born + 1              # a second later, as it can't tell
+            self.numbers[READY] = born + 1              # it can't tell when: a second later
 
     def __str__(self):
         return f'worker {self.number} (pid {self.pid})'
@@ -3779,7 +3768,7 @@ class Master:
 
     def __init__(self, config, owned, application, start, guard, signals, uwsgi, workers, touched, dropped):
         self.config, self.owned, self.application, self.uwsgi = config, owned, application, uwsgi
-        self.guard, self.dropped = guard, dropped       # dropped: do only the old workers listen somewhere?
+        self.guard, self.dropped = guard, dropped       # dropped: what disown() returned
         guard.descriptors = lambda: [one.socket.fileno() for one in owned] + [c.hold for c in self.children.values()]
         self.start, self.signals, self.touched = start, signals, touched        # {file to be touched: its time}
         self.listeners = [one for one in owned if one.protocol in ('uwsgi', 'http')]
@@ -3787,16 +3776,17 @@ class Master:
         if self.command and not any(foreign for *_, foreign, _, _ in workers):      # after that it's up to the programs
             for listener in self.listeners:
                 listener.socket.setblocking(True)
-        self.children = {pid: Child(pid, *rest) for pid, *rest in workers}      # at first those from before a reload
+        self.children = {pid: Child(pid, *rest) for pid, *rest in workers}      # those from before a reload
         # Twice as many as workers: those that were told to stop may go on for a while.
         self.all_rows = [[Row() for _ in range(config.threads)] for _ in range(2 * config.processes + 2)]
         self.total = memoryview(mmap.mmap(-1, 4096)).cast('Q')
         self.now, self.wake = time.monotonic(), math.inf        # of a turn: when it began, when the next is due
-        self.stopping, self.stopped_at = 0, -math.inf   # 1: gracefully, 2 and more: at once; see stop()
+        self.stopping, self.stopped_at = 0, -math.inf   # 0: no, 1: gracefully, 2 or more: at once; see stop()
         self.drained = False                            # have all been accepted who waited when the stop began?
         self.reload_wanted, self.proof, self.proof_began = False, None, 0.0     # proof: pid of who tries a reload
         self.announced = False
-        self.failures, self.not_before = 0, 0.0         # deaths in a row, and the end of the back-off
+        self.failures, self.not_before = 0, 0.0         # deaths in a row; until when no worker is started, or inf: by
+                                                        # this code none can be, only the old ones go on
         self.exit_code, self.oom_kills = 0, oom_kills()
         self.spawned, self.deaths, self.harakiris = [collections.Counter() for _ in range(3)]   # by worker's number
         self.fewest = config.cheaper if 0 < config.cheaper < config.processes else config.processes
@@ -3889,13 +3879,10 @@ class Master:
         else:
             self.announce()                             # now that the old workers were told to stop
 
-    def wake_at(self, when):
-        self.wake = min(self.wake, when)
-
     def due(self, when):
-        """Is it time? If not, we wake up then, and ask again."""
+        """Is it time? If not, the loop wakes up then, and asks again. (Some only want to be woken.)"""
         if when > self.now:
-            self.wake_at(when)
+            self.wake = min(self.wake, when)
         return when <= self.now
 
     def is_ready(self, child):
@@ -3928,7 +3915,7 @@ class Master:
         told = child.told_at < math.inf and (self.stopping or code in (0, -signal.SIGTERM, -signal.SIGHUP))
         if child.killed or told:
             return
-        if child.numbers[LEAVING] == 2 and not code:
+        if child.numbers[HEARD] and not code:
             return log(f'{child} ended: somebody else told it to')
         ready, doing = self.is_ready(child), child.doing('at ')
         when = doing or ('at what is unknown since the reload' if child.old else
@@ -3939,7 +3926,7 @@ class Master:
         self.failures = 0 if worked else self.failures + 1
         if code and not (self.announced or ready or any(map(self.is_ready, self.children.values()))):
             self.exit_code = EXIT_NO_APP if self.command or code < 0 else code
-            self.stopping = 2                           # no use in trying again; a supervisor must see it
+            self.stopping = 2                           # none was ever ready: a supervisor must see it
         elif self.not_before == math.inf and not self.children and self.proof is None:
             log('no worker is left, and none can be started since the last reload')
             self.exit_code, self.stopping = EXIT_CONFIG, 2
@@ -3958,7 +3945,7 @@ class Master:
 
     def replace_workers(self):
         """Spawn what is missing, and one after the other a successor for each worker that must go."""
-        nobody_starts = self.not_before < math.inf and all(map(self.is_ready, self.children.values()))
+        may_replace = self.not_before < math.inf and all(map(self.is_ready, self.children.values()))
         places = collections.defaultdict(list)
         for child in self.serving():
             places[child.number].append(child)
@@ -3967,13 +3954,13 @@ class Master:
             if lifetime and not child.is_marked() and self.due(child.born + lifetime + stagger):
                 child.mark('max-worker-lifetime')
         for number in range(1, self.wanted + 1):
-            there = places[number]
-            if all(child.is_marked() for child in there) and (nobody_starts or not there) and self.due(self.not_before):
+            wanted = not places[number] or may_replace and all(child.is_marked() for child in places[number])
+            if wanted and self.due(self.not_before):
                 self.spawn(number)
-                nobody_starts = False                   # one at a time
+                may_replace = False                     # one at a time
         for child in self.serving():
             succeeded = any(other.born > child.born and self.is_ready(other) for other in places[child.number])
-            if child.is_marked() and succeeded or child.number > self.wanted and nobody_starts:
+            if child.is_marked() and succeeded or child.number > self.wanted and may_replace:
                 child.told_at = self.now                # overdue_end() sends the signal
 
     def announce(self):
@@ -4000,12 +3987,11 @@ class Master:
         config = self.config
         if child.told_at == math.inf:
             return ''
-        if child.told_at == self.now or child.foreign != 'unknown':
+        if child.told_at == self.now or child.foreign != 'unknown':     # which may take a second SIGTERM for "at once"
             drain = self.stopping or child.foreign or child.old and self.dropped
             child.send(signal.SIGTERM if drain else signal.SIGHUP)
-            self.wake_at(self.now + 0.1)                # again and again: it may come just before an accept(); but an
-                                                        # unknown program may take the second for "at once"
-        heard = child.foreign or child.busy() or child.numbers[LEAVING] == 2
+            self.due(self.now + 0.1)                    # again and again: it may come just before an accept()
+        heard = child.foreign or child.busy() or child.numbers[HEARD]
         mercy = config.worker_reload_mercy if heard else min(2, config.worker_reload_mercy)
         if not self.due(child.told_at + mercy):
             return ''
@@ -4038,7 +4024,7 @@ class Master:
 
     def look_round(self):
         config, self.next_look = self.config, self.now + 0.5
-        self.wake_at(self.next_look)
+        self.due(self.next_look)
         before, self.touched = self.touched, {name: mtime(name) for name in self.touched}
         self.reload_wanted |= self.touched != before
         if config.log_maxsize and rotate_log(config):
@@ -4083,25 +4069,27 @@ class Master:
         for row in rows:
             row.memory[NUMBERS:] = bytes(ROW_SIZE - NUMBERS)
         flush_streams()
-        master, pipe, pid = os.getpid(), (), None
+        master, pipe = os.getpid(), ()
         self.guard.is_worker = True
         try:
             pipe = lifeline, hold = os.pipe()
             pid = os.fork()
         except OSError as error:                        # too many processes or descriptors, no memory: later, perhaps
+            for fd in pipe:
+                os.close(fd)
             log(f'fork: {error.strerror}; the next try comes in 1 s')
             self.not_before = self.now + 1
-            self.wake_at(self.not_before)
+            self.due(self.not_before)
+            return
+        finally:
+            self.guard.is_worker = False
         if pid == 0:
             self.live_as_worker(number, rows, lifeline, hold, master)
-        self.guard.is_worker = False
-        for fd in pipe[:1] if pid else pipe:
-            os.close(fd)
-        if pid:
-            foreign = self.command and ('unknown' if self.config.worker_exec else 'known')
-            self.children[pid] = child = Child(pid, number, self.now, foreign, math.inf, hold, rows)
-            self.spawned[number] += 1
-            self.is_ready(child)                        # a program is so after a while: wake up then
+        os.close(lifeline)
+        foreign = self.command and ('unknown' if self.config.worker_exec else 'known')
+        self.children[pid] = Child(pid, number, self.now, foreign, math.inf, hold, rows)
+        self.spawned[number] += 1
+        self.is_ready(self.children[pid])               # to be woken when a program counts as ready
 
     def live_as_worker(self, number, rows, lifeline, hold, master):
         """In the child: let go of what is the master's, work, end."""
@@ -4206,13 +4194,13 @@ class Master:
             self.reload_failed(f'{self.cause(code)}, see above; the old code goes on serving')
         elif wanted:
             import json
-            self.start.tell_parent()                    # the new image couldn't
+            self.start.tell_parent()                    # the new image won't have this pipe
             owned = [(one.address, one.protocol, one.inode, one.socket.fileno()) for one in self.owned]
             workers = [(c.pid, c.number, c.born, c.foreign, c.told_at, c.hold) for c in self.children.values()]
             for *_, fd in owned + workers:
                 os.set_inheritable(fd, True)
             self.start_python(os.execve, [], {RELOADED: json.dumps([owned, workers])})
-            for *_, fd in owned + workers:              # we are still here
+            for *_, fd in owned + workers:              # it failed, we are still here
                 os.set_inheritable(fd, False)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
@@ -4242,10 +4230,9 @@ class Master:
 # ---------------------------------------------------------------------------------------------
 # 15. Command line
 #
-# main() reads the configuration; start_and_run() has the steps of a start in their order. Ports below
-# 1024, chown and /run may need root, so it takes sockets and pidfile first (set_up); no line of the
-# application may run as root, so it is loaded after drop_privileges(). What a reload binds anew, it
-# binds without.
+# main() reads the configuration; start_and_run() has the steps of a start in their order. Ports below 1024, chown and
+# /run may need root, so it takes sockets and pidfile first (set_up); no line of the application may run as root, so it
+# is loaded after drop_privileges(). A reload has root's rights no more: what it binds anew, it binds without.
 
 def demo(environ, start_response):
     """The application of example.ini: says who answered, and what it was asked. /file sends this file."""
@@ -4410,25 +4397,24 @@ class Pidfile:
 
 
 def activated():
-    """{name: descriptor} of the sockets that systemd has bound for us, see sd_listen_fds(3)."""
+    """{name: (None, descriptor)} of the sockets that systemd has bound for us, see sd_listen_fds(3)."""
     found, pid, many = {}, os.environ.pop('LISTEN_PID', ''), os.environ.pop('LISTEN_FDS', '0')
     for fd in range(3, 3 + int(many)) if pid == str(os.getpid()) else ():
         with borrowed(fd) as listener:
-            found[name_of(listener.getsockname())] = fd
+            found[name_of(listener.getsockname())] = None, fd           # no inode: its file isn't ours to remove
     return found
 
 
-def known_in(there, name):
-    """The key of `there` (names of the kernel) that a name in an option means, or None. [::]:80 is 0.0.0.0:80 too to
-    the kernel, if not told otherwise."""
-    if not there:                       # mostly: no host is looked up
-        return None
+def take_from(there, address):
+    """Take the (inode, descriptor) of an address in an option from {name of the kernel: (inode, descriptor)}; None if
+    it isn't there. [::]:80 is 0.0.0.0:80 too to the kernel, if not told otherwise."""
+    name = address
     with contextlib.suppress(ConfigError, OSError, ValueError):         # acquire() will tell
-        kind, where = parse_address(name)
+        kind, where = parse_address(address) if there else ('fd', None)         # mostly no host need be looked up
         if kind != 'fd':
             name = name_of(where if kind == 'unix' else resolve(*where)[-1])
     names = name, name.replace('[::]', '0.0.0.0'), name.replace('0.0.0.0', '[::]')
-    return next((one for one in names if one in there), None)
+    return next((there.pop(one) for one in names if one in there), None)
 
 
 def acquire(config, owned, address, protocol, inode, fd):
@@ -4460,18 +4446,19 @@ def is_lost(one):
 
 
 def bind(config, owned):
-    """Own what the options name, listeners and the pidfile. What they name no more, for disown()."""
+    """Own what the options name, listeners and the pidfile, and what systemd has bound. Returns what was owned before
+    a reload and isn't wanted any more, for disown()."""
     names, given = addresses(config), activated()
     config.socket_owner = socket_owner(config)          # a mistake in it is told before anything is bound
-    wanted = {name: given.pop(known_in(given, name[0]), None) for name in names}
-    wanted.update({(f'fd://{fd}', config.protocol): fd for fd in given.values() if f'fd://{fd}' not in dict(names)})
+    wanted = {name: take_from(given, name[0]) for name in names}
+    wanted.update({(f'fd://{fd}', config.protocol): (None, fd) for _, fd in given.values()
+                   if f'fd://{fd}' not in dict(names)})
     before = {(one.address, one.protocol): one for one in owned if (one.address, one.protocol) in wanted}
     unwanted = [one for one in owned if one not in before.values()]     # of two with one name the first lost its file
-    spare = {one.name: (one.inode, one.socket.fileno()) for one in unwanted}
-    for name, fd in wanted.items():
-        if name not in before:                          # what is spare may go on with another name or protocol
-            again = known_in(spare, name[0]) if fd is None else None
-            acquire(config, owned, *name, *spare.get(again, (None, fd)))
+    again = {one.name: (one.inode, one.socket.fileno()) for one in unwanted}    # may have a new address, or protocol
+    for name, there in wanted.items():
+        if name not in before:
+            acquire(config, owned, *name, *(there or take_from(again, name[0]) or (None, None)))
         elif is_lost(before[name]):
             try:
                 acquire(config, owned, *name, None, None)
@@ -4489,15 +4476,16 @@ def bind(config, owned):
 
 
 def disown(owned, unwanted):
-    """Not before the new code is loaded: the old workers may have to serve on. Do only they listen somewhere now?"""
-    kept = {one.socket.fileno() for one in owned if one not in unwanted}
-    dropped = any(one.protocol in ('uwsgi', 'http') and one.socket.fileno() not in kept for one in unwanted)
+    """Let go of what bind() returned; not before the new code is loaded, as the old may have to serve on. Returns
+    whether there is a socket where only the old workers listen now."""
+    kept, dropped = {one.socket.fileno() for one in owned if one not in unwanted}, False
     for one in unwanted:
         owned.remove(one)                               # first: ForkGuard asks for the descriptors of all that is there
         if one.socket.fileno() in kept:                 # it has another name or protocol now
             one.socket.detach()
-        else:
-            vacuum(one)
+            continue
+        dropped |= one.protocol in ('uwsgi', 'http')
+        vacuum(one)
         one.socket.close()
     return dropped
 
@@ -4513,7 +4501,7 @@ def drop_privileges(config):
     __import__('traceback')                             # for log_exception(): later it may not be ours to read
     name = None
     with contextlib.suppress(KeyError, OverflowError):
-        user = pwd.getpwuid(max(0, uid))                # without a uid: only root can do this
+        user = pwd.getpwuid(max(0, uid))                # a gid without a uid: root's, no other can set it
         name, gid = user.pw_name, user.pw_gid if gid < 0 else gid
     if gid < 0:
         raise ConfigError(f'uid = {config.uid}: nothing is known of this user, so set gid too')
@@ -4576,7 +4564,7 @@ def open_logs(config, start, reloaded):
         with config.errors_at(name):
             fresh, fd = not os.path.lexists(name), open_to_append(name)
         if fresh and not os.getuid():
-            os.fchown(fd, *user_and_group(config))      # who opens it in the workers
+            os.fchown(fd, *user_and_group(config))      # as whom the workers will open it
         os.close(fd)
     log(f"minuwsgi {__version__}, Python {sys.version.split()[0]}, pid {os.getpid()}{', reloaded' * reloaded}")
     for text in config.print:
@@ -4585,7 +4573,7 @@ def open_logs(config, start, reloaded):
 
 def set_up(config, start, owned, inherited):
     """What may need root's rights, up to giving them up. What isn't named any more, for disown()."""
-    for one in inherited:                               # first what must not get lost, whatever fails
+    for one in inherited:                               # first: whatever fails then, the old workers need them
         acquire(config, owned, *one)
     if config.errors:
         raise ConfigError('\n'.join(config.errors))
@@ -4608,9 +4596,8 @@ def start_and_run(config, start, owned):
         os.set_inheritable(fd, False)
     open_logs(config, start, reloaded)
     signals, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    catch_signals(wake, starting=not reloaded)          # after a reload there are workers to be stopped in order
-    uwsgi, lazy = offer_uwsgi_module(config), config.lazy_apps and (config.master or reloaded)
-    application, code = None, EXIT_CONFIG
+    catch_signals(wake, starting=not reloaded)          # after a reload a stop is the Master's: it has workers to end
+    uwsgi, application, code = offer_uwsgi_module(config), None, EXIT_CONFIG
     guard = ForkGuard(SIGNALS, lambda: [one.socket.fileno() for one in owned] + [start.parent] * bool(start.parent))
     try:
         unwanted, code = set_up(config, start, owned, inherited), 0
@@ -4619,14 +4606,14 @@ def start_and_run(config, start, owned):
     except Exception:                                   # there may be workers to be kept
         log_exception('minuwsgi: the start failed')
     touched = {name: mtime(name) for name in config.touch_reload + config.touch_chain_reload}   # before we load
-    if not (code or lazy):
+    if not (code or config.lazy_apps and (config.master or reloaded)):          # else the workers load it
         try:
             catch_signals(wake, starting=True)          # after a reload too: loading may take long
             application = load_or_log(config)
-            catch_signals(wake)                         # in here, as a stop may come until it is done
+            catch_signals(wake)                         # within try: a stop may come until this is done
         except Stopped:
             if not reloaded:
-                raise                                   # else run() finds the signal in the pipe, and stops all
+                raise                                   # else the signal is in the pipe too: run() stops all
         code = EXIT_NO_APP if application is None else 0
         guard.end_child('the import')
     if code and not reloaded:
@@ -4657,7 +4644,7 @@ def run_server(config, start):
             vacuum(one)
     for number in signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2:
         signal.signal(number, signal.SIG_IGN)
-    for number in signal.SIGINT, signal.SIGQUIT:        # whatever the end waits for
+    for number in signal.SIGINT, signal.SIGQUIT:        # these end us, whatever we wait for
         signal.signal(number, lambda *_: os._exit(code))
     if start.at_once:
         flush_streams()
