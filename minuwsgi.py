@@ -4260,7 +4260,9 @@ class Start:
         self.command = [sys.executable, *getattr(sys, 'orig_argv', known)[1:]]
         if os.path.dirname(script) != os.getcwd():      # another Python may find no module of that name
             self.program = [script]
-        self.directory, self.path = os.open('.', os.O_RDONLY), os.getcwd()
+        self.directory, self.path, shown = os.open('.', os.O_RDONLY), os.getcwd(), os.environ.get('PWD', '')
+        if os.path.isabs(shown) and os.path.isdir(shown) and os.path.samefile(shown, self.path):
+            self.path = shown                           # perhaps a link, which leads to a newer release at a reload
         self.pid, self.parent = os.getpid(), None       # parent: the end of a pipe to who waits in front
         self.at_once = False                            # should it end without waiting for anything?
 
@@ -4613,7 +4615,8 @@ def start_and_run(config, start, owned):
             catch_signals(wake)                         # within try: a stop may come until this is done
         except Stopped:
             if not reloaded:
-                raise                                   # else the signal is in the pipe too: run() stops all
+                raise
+            log('told to stop while the new code was loaded')           # run() does, the signal is in the pipe too
         code = EXIT_NO_APP if application is None else 0
         guard.end_child('the import')
     if code and not reloaded:
