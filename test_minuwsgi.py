@@ -7350,6 +7350,7 @@ class TestReadme:
         front.ports['readme'] = port
         wait_until(lambda: front.listens(port), 'nginx')
         assert all(b'this is worker' in front.ask('readme').content for _ in range(5))
+        assert 'proxy_pass' not in text or b'HTTP_X_FORWARDED_PROTO = http\n' in front.ask('readme').content
 
     def try_systemd(self, place, text):
         """A service's commands start and reload a server, with the socket if it is the unit of one; the names of
@@ -7409,6 +7410,13 @@ class TestReadme:
         start()
         front = nginx({'site': UWSGI.format(tmp)}, user='nobody nogroup')
         assert front.ask('site').status == 502 and self.row('(13: Permission denied)') in front.log()
+
+    def test_trouble_large_cookies(self, nginx, tmp, start):
+        start('def application(e, s):\n    s("200 OK", [("Set-Cookie", 20000 * "x")])\n    return []')
+        cure = re.search(r'`(uwsgi_buffer_size [^`]*)`', README.read_text())[1]
+        front = nginx({'site': UWSGI.format(tmp), 'cured': cure + UWSGI.format(tmp)})
+        assert front.ask('site').status == 502 and self.row('too big header') in front.log()
+        assert front.ask('cured').status == 200
 
     def test_trouble_queue_full(self, nginx, tmp, start):
         os.mkfifo(tmp / 'fifo')
