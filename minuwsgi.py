@@ -2813,7 +2813,7 @@ class Core:
                 if self.worker.must_stop(error):
                     return
                 continue
-            response.fd = fd                            # first: see Worker.descriptors()
+            response.fd = fd
             numbers[STARTED] = began = clock()
             response.sent = response.keep = response.chunked = response.head_only = False
             response.blocking = True
@@ -3176,6 +3176,7 @@ class Worker:
         self.number, self.master_pid = number, master_pid       # or None without a master
         self.name = f'worker {number} (pid {os.getpid()})'
         self.listeners = {listener.socket.fileno(): listener for listener in listeners}
+        self.names = {local_name(fd) for fd in self.listeners}          # now: a stop takes them away
         self.cores, self.guard = [], ForkGuard(STOP_SIGNALS, self.descriptors)
         blocking = len(listeners) == config.threads == 1 and listeners[0].protocol == 'uwsgi'   # so accept() does
         self.kept = None if blocking else KeptConnections(self.listeners, config, self.guard.dead_end)
@@ -3304,8 +3305,7 @@ class Worker:
 
     def descriptors(self):
         """Listeners and clients, which a child must let go of. A thread may just have accepted one, and not said so."""
-        names = {local_name(fd) for fd in self.listeners}
-        return [fd for fd in map(int, os.listdir('/proc/self/fd')) if local_name(fd) in names - {None}]
+        return [fd for fd in map(int, os.listdir('/proc/self/fd')) if local_name(fd) in self.names]
 
     def must_stop(self, error):
         """After a failed accept(): is it because of a stop? Otherwise wait until it may go better."""

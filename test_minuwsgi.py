@@ -4044,6 +4044,22 @@ class TestForks:
                 wait_until(lambda: not any(os.readlink(fd).startswith('socket:') for fd in fds.iterdir()), 'letting go')
                 os.kill(pid, signal.SIGKILL)
 
+    def test_one_that_is_made_during_a_stop_keeps_no_client(self, start, tmp):
+        server = start('''
+            import os, time
+            def application(e, s):
+                open(e['QUERY_STRING']).read()
+                pid = os.fork()
+                if not pid:
+                    time.sleep(1000)
+                s('200 OK', [])
+                return [str(pid).encode()]
+            ''')
+        held = Held(server, tmp)
+        server.kill(signal.SIGHUP)                      # the old worker is told to stop when the new one is ready
+        server.wait_for('^ready', 2)
+        os.kill(int(held.release().body), signal.SIGKILL)
+
     def test_one_leaves_the_sockets_of_the_application_as_they_are(self, start):
         server = start('''
             import os, socket
