@@ -543,9 +543,9 @@ class Config:
             self.errors += [f'{s.where}: {s.warnings[-1]} (strict)' for s in self.settings if s.fate == 'unknown']
         if self.processes * self.threads > 10000:
             self.errors.append(f'processes = {self.processes}, threads = {self.threads}: 10000 in all are the most')
-        self.logto = self.logto and os.path.abspath(self.logto)         # before chdir, as in uWSGI
-        self.pidfile = self.pidfile and os.path.abspath(self.pidfile)
-        self.req_logger = [os.path.abspath(path) for path in self.req_logger]
+        self.logto = self.absolute(self.logto, 'daemonize', 'logto', 'logger')
+        self.pidfile = self.absolute(self.pidfile, 'pidfile')
+        self.req_logger = [self.absolute(path, 'req-logger') for path in self.req_logger]
 
     def compare(self):
         """What options make of each other."""
@@ -560,10 +560,17 @@ class Config:
             self.setters['cheaper'].warnings.append(
                 f'cheaper does nothing: {self.cheaper} has to be lower than processes = {self.processes}')
 
+    def absolute(self, path, *options):
+        """The path of a log or pidfile, as one of these options has it. uWSGI opens them before chdir, but for some."""
+        name = next((self.setters[one].name for one in options if one in self.setters), '')
+        late = name in ('logger', 'req-logger', 'logger-req', 'daemonize2', 'pidfile2', 'safe-pidfile', 'safe-pidfile2')
+        return path and os.path.abspath(os.path.join(late and self.chdir or '', path))
+
     def where(self, value, *names):
         """'site.ini:3: ', for messages: where a value (by now an absolute path) stands, as that of these options."""
+        directories = self.directory, os.path.join(self.directory, self.chdir or '')
         return next((f'{s.where}: ' for s in self.settings
-                     if value in (s.value, os.path.join(self.directory, s.value.removeprefix('file:')))
+                     if value in (s.value, *(os.path.join(one, s.value.removeprefix('file:')) for one in directories))
                      and s.name in BY_NAME and (not names or BY_NAME[s.name].name in names)), '')
 
     @contextlib.contextmanager
@@ -3305,7 +3312,11 @@ class Worker:
 
     def descriptors(self):
         """Listeners and clients, which a child must let go of. A thread may just have accepted one, and not said so."""
-        return [fd for fd in map(int, os.listdir('/proc/self/fd')) if local_name(fd) in self.names]
+        try:
+            there = map(int, os.listdir('/proc/self/fd'))
+        except OSError:                                 # no descriptor is left to look with
+            there = range(3, min(os.sysconf('SC_OPEN_MAX'), 65536))
+        return [fd for fd in there if local_name(fd) in self.names]
 
     def must_stop(self, error):
         """After a failed accept(): is it because of a stop? Otherwise wait until it may go better."""

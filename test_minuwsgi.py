@@ -708,6 +708,14 @@ def test_an_open_block_ends_with_its_file(tmp):
     assert (config.threads, config.processes) == (1, 3) and 'a block has no end' in config.warnings[0]
 
 
+@pytest.mark.parametrize('line, attribute, expected', [
+    ('logger = file:logs/a', 'logto', '/sub/logs/a'), ('daemonize2 = a', 'logto', '/sub/a'),
+    ('req-logger = file:a', 'req_logger', ['/sub/a']), ('safe-pidfile = a', 'pidfile', '/sub/a'),
+    ('logto2 = a', 'logto', os.path.abspath('a')), ('pidfile = a', 'pidfile', os.path.abspath('a'))])
+def test_logs_and_pidfiles_are_where_uwsgi_has_them(tmp, line, attribute, expected):
+    assert getattr(load(tmp, f'{line}\nchdir = /sub'), attribute) == expected
+
+
 def test_the_command_line_wins_over_files_and_files_over_the_environment(tmp, monkeypatch):
     monkeypatch.setenv('UWSGI_THREADS', '5')
     monkeypatch.setenv('UWSGI_PROCESSES', '5')
@@ -4059,6 +4067,22 @@ class TestForks:
         server.kill(signal.SIGHUP)                      # the old worker is told to stop when the new one is ready
         server.wait_for('^ready', 2)
         os.kill(int(held.release().body), signal.SIGKILL)
+
+    def test_one_keeps_no_client_though_no_descriptor_is_left(self, start):
+        server = start('''
+            import os, time
+            held = []
+            def application(e, s):
+                try:
+                    while True: held.append(os.open('/dev/null', 0))
+                except OSError: pid = os.fork()
+                if not pid:
+                    time.sleep(1000)
+                while held: os.close(held.pop())
+                s('200 OK', [])
+                return [str(pid).encode()]
+            ''', 'max-fd = 100')
+        os.kill(int(server.ask().body), signal.SIGTERM)
 
     def test_one_leaves_the_sockets_of_the_application_as_they_are(self, start):
         server = start('''
