@@ -3922,7 +3922,7 @@ class Master:
         """A worker ended: say why if nobody asked it to, and slow down if that comes again and again."""
         os.close(child.hold)
         child.numbers[PID] = 0                          # another may have its rows
-        self.drained |= child.told_at == self.stopped_at        # it goes when nobody is left of those who waited
+        self.drained |= child.told_at == self.stopped_at and not code   # in order it goes when nobody waits any more
         told = child.told_at < math.inf and (self.stopping or code in (0, -signal.SIGTERM, -signal.SIGHUP))
         if child.killed or told:
             return

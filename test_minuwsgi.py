@@ -4217,6 +4217,23 @@ class TestStop:
         assert held.release().body.startswith(b'done')
         assert server.wait() == 0 and not os.path.exists(server.socket)
 
+    def test_a_worker_that_dies_at_a_stop_leaves_those_who_wait_to_the_other(self, start, tmp):
+        port = free_port()
+        server = start(SLOW, f'processes = 2\nsocket = s\nsocket = 127.0.0.1:{port}')
+        held = [Held(server, tmp, f'fifo{i}') for i in range(2)]
+        with connect(('127.0.0.1', port)) as waiting:
+            waiting.sendall(packet('hello'))
+            server.kill(signal.SIGTERM)
+            server.wait_for('stopping')
+            os.kill(server.workers()[0], signal.SIGKILL)
+            wait_until(lambda: len(server.workers()) == 1, 'its end')
+            assert not select.select([waiting], [], [], 0.2)[0]         # else it is reset
+            for one in held:
+                with contextlib.suppress(OSError):
+                    one.release()
+            assert Answer(read_all(waiting)).body == b'hello\n'
+        assert server.wait() == 0
+
     def test_a_request_without_end_is_killed_after_the_mercy(self, start):
         server = start(SLOW, 'worker-reload-mercy = 1')
         with connect(server.socket) as connection:
