@@ -4026,7 +4026,7 @@ class Master:
         for sockets that somebody else has bound (systemd), nor for programs, whose accept() would fail."""
         bound = [] if self.command or 'LISTEN_FDS' in self.start.environment else self.listeners
         for one in bound:
-            nobody_waits = self.drained or one.socket.family == socket.AF_UNIX or not one.queue()[0]
+            nobody_waits = self.drained or one.socket.family == socket.AF_UNIX or not one.waiting()
             if nobody_waits and one.address[:5] != 'fd://':
                 with contextlib.suppress(OSError):      # it is done already
                     one.socket.shutdown(socket.SHUT_RD)
@@ -4267,7 +4267,7 @@ class Start:
         self.environment = {name: value for name, value in os.environ.items() if name != RELOADED}
         script, module = os.path.abspath(sys.argv[0]), sys.modules['__main__'].__spec__
         self.program = ['-m', module.name] if module else [script]
-        known = ['', *self.program, *arguments]         # Python 3.9 knows no more
+        known = ['', *(self.program if module else sys.argv[:1]), *arguments]       # Python 3.9 knows no more
         self.command = [sys.executable, *getattr(sys, 'orig_argv', known)[1:]]
         if os.path.dirname(script) != os.getcwd():      # another Python may find no module of that name
             self.program = [script]
@@ -4610,7 +4610,7 @@ def start_and_run(config, start, owned):
     open_logs(config, start, reloaded)
     signals, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     catch_signals(wake, starting=not reloaded)          # after a reload a stop is the Master's: it has workers to end
-    uwsgi, application, code = offer_uwsgi_module(config), None, EXIT_CONFIG
+    uwsgi, application, code, stopped = offer_uwsgi_module(config), None, EXIT_CONFIG, False
     guard = ForkGuard(SIGNALS, lambda: [one.socket.fileno() for one in owned] + [start.parent] * bool(start.parent))
     try:
         unwanted, code = set_up(config, start, owned, inherited), 0
@@ -4627,7 +4627,7 @@ def start_and_run(config, start, owned):
         except Stopped:
             if not reloaded:
                 raise
-            log('told to stop while the new code was loaded')           # run() does, the signal is in the pipe too
+            stopped = True                              # run() will do it: the signal is in the pipe too
         code = EXIT_NO_APP if application is None else 0
         guard.end_child('the import')
     if code and not reloaded:
@@ -4637,6 +4637,7 @@ def start_and_run(config, start, owned):
     master = Master(config, owned, application, start, guard, signals, uwsgi, workers, touched, dropped)
     if code:
         master.not_before = math.inf
+    if code and not stopped:
         master.reload_failed('see above; the old workers go on serving, none can be replaced until the next reload')
     if config.master or reloaded:
         return master.run()

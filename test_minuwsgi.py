@@ -4414,7 +4414,7 @@ class TestReload:
         server.wait_for('reloaded$')
         wait_until(lambda: len((tmp / 'loads').read_text()) == 3, 'the third time')
         server.kill(number)
-        assert server.wait() == 0 and not os.path.exists(server.socket)
+        assert server.wait() == 0 and 'reload: failed' not in server.log and not os.path.exists(server.socket)
 
     def test_a_server_without_workers_that_can_start_none_ends(self, start, tmp):
         server = start(ini='socket = s')
