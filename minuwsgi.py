@@ -3125,7 +3125,7 @@ def local_name(fd):
     """What a listener has in common with all that it accepts: family, type, path or port. None for no socket."""
     with contextlib.suppress(OSError), borrowed(fd) as one:
         name = one.getsockname()
-        return one.family, one.type, name[1] if type(name) is tuple else name
+        return one.family, one.type, name[1:2] if type(name) is tuple else name
 
 
 class ForkGuard:
