@@ -4265,15 +4265,16 @@ class Start:
 
     def __init__(self, arguments):
         self.environment = {name: value for name, value in os.environ.items() if name != RELOADED}
-        script, module = os.path.abspath(sys.argv[0]), sys.modules['__main__'].__spec__
+        here, shown = os.getcwd(), os.environ.get('PWD', '')
+        is_here = os.path.isabs(shown) and os.path.isdir(shown) and os.path.samefile(shown, here)
+        self.path = shown if is_here else here          # perhaps a link, which leads to a newer release at a reload
+        self.directory = os.open('.', os.O_RDONLY)
+        script, module = os.path.join(self.path, sys.argv[0]), sys.modules['__main__'].__spec__
         self.program = ['-m', module.name] if module else [script]
-        known = ['', *(self.program if module else sys.argv[:1]), *arguments]       # Python 3.9 knows no more
+        known = ['', *self.program, *arguments]         # Python 3.9 knows no more
         self.command = [sys.executable, *getattr(sys, 'orig_argv', known)[1:]]
-        if os.path.dirname(script) != os.getcwd():      # another Python may find no module of that name
+        if os.path.dirname(script) not in (here, self.path):    # another Python may find no module of that name
             self.program = [script]
-        self.directory, self.path, shown = os.open('.', os.O_RDONLY), os.getcwd(), os.environ.get('PWD', '')
-        if os.path.isabs(shown) and os.path.isdir(shown) and os.path.samefile(shown, self.path):
-            self.path = shown                           # perhaps a link, which leads to a newer release at a reload
         self.pid, self.parent = os.getpid(), None       # parent: the end of a pipe to who waits in front
         self.at_once = False                            # should it end without waiting for anything?
 
