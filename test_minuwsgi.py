@@ -1,7 +1,7 @@
 """Tests of minuwsgi: what it promises, in the order of the module.
 
     python3 -m pytest test_minuwsgi.py                  all
-    python3 -m pytest -n 2 test_minuwsgi.py             two at a time, with pytest-xdist
+    python3 -m pytest -n 3 test_minuwsgi.py             three at a time, with pytest-xdist
     python3 -m pytest test_minuwsgi.py -k vacuum        those with a word in their name
     python3 test_minuwsgi.py --bench | --fuzz N | --soak MINUTES
     python3 test_minuwsgi.py --soak 15                  mixed load, reloads and kills for 15 minutes
@@ -1923,7 +1923,7 @@ def test_an_empty_line_after_a_body_is_no_request(echo):
             client.send('POST / HTTP/1.1', 'Host: x', 'Content-Length: 3', body=b'abc' + end)
             assert client.answer().status == '200 OK'
         other.connection.sendall(b'\r\n')
-        assert select.select([one.connection, other.connection], [], [], 4)[0] == []        # socket-timeout is 2
+        assert select.select([one.connection, other.connection], [], [], 3.2)[0] == []      # socket-timeout is 2
         assert one.get('/').status == other.get('/').status == '200 OK'
 
 
@@ -2567,9 +2567,11 @@ class TestWSGI:
                 length = [('Content-Length', '3')] if e['PATH_INFO'] == '/long' else []
                 s('200 OK', length)
                 return (b'abc' for _ in itertools.count())
-            """, http=True)
-        assert server.ask(REQUEST_METHOD='HEAD').body == b'' and server.ask('/long').body == b'abc'
-        assert server.get('/long').body == b'abc' and not server.get(method='HEAD').body
+            """, 'processes = 4', http=True)
+        with concurrent.futures.ThreadPoolExecutor() as clients:        # each takes a second
+            answers = [clients.submit(server.ask, REQUEST_METHOD='HEAD'), clients.submit(server.ask, '/long'),
+                       clients.submit(server.get, method='HEAD'), clients.submit(server.get, '/long')]
+            assert [answer.result().body for answer in answers] == [b'', b'abc', b'', b'abc']
         assert 0 < server.log.count('more than its Content-Length') < 5          # not a line for each chunk
 
     def test_a_generator_is_run_to_its_end_though_nothing_more_may_be_sent(self, start):
@@ -4044,12 +4046,17 @@ class TestForks:
                     return [bytes(65536)] * 100
                 return [str(os.fork() or time.sleep(1000)).encode()]
             ''', http=True)
+
+        def sockets(pid):
+            for fd in os.listdir(f'/proc/{pid}/fd'):
+                with contextlib.suppress(FileNotFoundError):            # it has just let go of that
+                    if os.readlink(f'/proc/{pid}/fd/{fd}').startswith('socket:'):
+                        yield fd
         for _ in range(20):                             # seen in a third of them
             with Kept(server) as reader, Kept(server) as other:
                 reader.send('GET /large HTTP/1.1', 'Host: x')
                 pid = int(other.get('/fork').body)
-                fds = pathlib.Path(f'/proc/{pid}/fd')
-                wait_until(lambda: not any(os.readlink(fd).startswith('socket:') for fd in fds.iterdir()), 'letting go')
+                wait_until(lambda: not list(sockets(pid)), 'letting go')
                 os.kill(pid, signal.SIGKILL)
 
     def test_one_that_is_made_during_a_stop_keeps_no_client(self, start, tmp):
@@ -7345,7 +7352,7 @@ class TestReadme:
         if '-m pytest' in text:                         # all of it runs in .ci/run
             pytest.importorskip('xdist')
             run_it, _, tests = command.rpartition('&& ')[2].partition(' -q ')
-            command = f'{run_it} -q -p no:cacheprovider {tests.strip()} -k tools_work'.replace('-n 2', '-n 0')
+            command = f'{run_it} -q -p no:cacheprovider {tests.strip()} -k tools_work'.replace('-n 3', '-n 0')
         elif '--bench' in text:
             return                                      # with what it prints, below
         elif 'minuwsgi.py' in text and '--curl' not in text and '--readme' not in text:
