@@ -465,12 +465,13 @@ COMMAND_LINE = 'command line'
 
 
 def target(argument):
-    """The option that an argument without a name is the value of, or None (a path, or host:8000)."""
+    """The option that an argument without a name is the value of, or None (a path, host:8000, or %H:%M)."""
     if argument.endswith('.ini') or '.ini:' in argument:
         return 'ini'
     if argument.endswith(('.py', '.wsgi')):
         return 'wsgi-file'
-    return 'module' if ':' in argument[1:] and '/' not in argument and not argument[-1].isdigit() else None
+    named = ':' in argument[1:] and not {'/', '%'}.intersection(argument) and not argument[-1].isdigit()
+    return 'module' if named else None
 
 
 def command_line(arguments):

@@ -731,6 +731,7 @@ def test_the_command_line_wins_over_files_and_files_over_the_environment(tmp, mo
     (['a.b:app'], 'module', 'a.b:app'),
     (['--enable-threads', 'a:app', '--buffer-size', '4096', '--http', ':80'], 'module', 'a:app'),
     (['--chmod-socket', '-w', 'a'], 'chmod_socket', 0o666),
+    (['--log-date', '%Y-%m-%d %H:%M:%S', 'a.py'], 'log_date', '%Y-%m-%d %H:%M:%S'),
     (['--log-date', '-w', 'a'], 'log_date', ''), (['--log-date', 'a.py'], 'wsgi_file', 'a.py'),
     (['--strict', '--set-placeholder', 'a=b', '--set-ph', 'c=d'], 'errors', []),
     (['-s', '/tmp/s', '-w', 'a', '-p4'], 'processes', 4),
