@@ -38,8 +38,9 @@ The life of a signal. In the master it becomes a byte in a pipe (catch_signals);
 what is wanted, and converge() makes what is into what should be: it takes note of the dead (reap), starts what is
 missing (spawn), replaces what must go, one worker after the other, and kills what is overdue (keep_time). Until there
 is a Master, a stop is an exception (Stopped). A worker that is told to stop (Worker.on_stop) finishes its request; then
-its accept() or Core.wait() meets a dead end. For a reload a child tries the new code (try_reload); then the master
-executes itself anew (after_proof), inherits sockets and old workers (start_and_run), and replaces the workers.
+its accept() or Core.wait() meets a dead end. Who comes after that is refused (refuse_newcomers). For a reload a child
+tries the new code (try_reload); then the master executes itself anew (after_proof), inherits sockets and old workers
+(start_and_run), and replaces the workers.
 
 Who owns what. The master: sockets and their files, the pidfile, the workers' lifelines. A worker: the connection it
 accepted, until it closes it or gives it to an Offloader, which calls done() (see let_go) at the end of the job: that
@@ -552,8 +553,9 @@ class Config:
         """What options make of each other."""
         self.logto = self.daemonize or self.logto or (self.logger[-1] if self.logger else None)
         for setting in self.settings if self.logto else ():
-            names_log = BY_NAME.get(setting.name) in map(BY_NAME.get, ('daemonize', 'logto', 'logger'))
-            if (names_log or setting.value == 'stdio') and self.logto not in setting.value and not setting.reason:
+            name = setting.name in BY_NAME and BY_NAME[setting.name].name
+            names_log = name in ('daemonize', 'logto', 'logger') or name == 'req-logger' and setting.value == 'stdio'
+            if names_log and self.logto not in setting.value and not setting.reason:
                 setting.warnings.append(f'{setting.name} does nothing: there is one log, and that is {self.logto}')
         if self.module and self.wsgi_file:
             self.setters['wsgi-file'].warnings.append('wsgi-file is for the case that module is not there')
@@ -1046,6 +1048,12 @@ def vacuum(one):
         log(f"vacuum: {one.name} can't be removed: {error.strerror}")
 
 
+def vacuum_all(config, owned):
+    """At the end of the server, if `vacuum` asks for it."""
+    for one in owned if config.vacuum else ():
+        vacuum(one)
+
+
 def id_of(kind, name, where):
     """The number of a user or group, by name or number; -1, which leaves it as it is, if there is no name."""
     import grp
@@ -1136,6 +1144,7 @@ def resolve(host, port):
     return socket.getaddrinfo(host or '0.0.0.0', port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
 
 
+# What to do when bind(2) fails.
 HINTS = {errno.EADDRINUSE: '; ss -ltnp tells by whom',
          errno.EACCES: '; this user may not write there, or take over what another user has left (remove it then); '
                        'ports below 1024 are for root, see uid'}
@@ -3016,7 +3025,7 @@ class Core:
         kept = self.kept
         while True:
             while self.ready:
-                fd, _ = event = self.ready.pop(0)      # in their order: others may be free for those that wait
+                fd, _ = event = self.ready.pop(0)       # the first: who is new should not wait behind a later request
                 connection = kept.parked.pop(fd, None)
                 if connection is None:
                     listener = kept.listeners.get(fd)
@@ -3427,9 +3436,11 @@ def find_callable(module, attribute, where):
     return found
 
 
-def load(spec, attribute, is_file):
-    """The application of a module or a file, `spec` or `spec:attribute`."""
+def load(spec, attribute, is_file=None):
+    """The application of a module or a file, `spec` or `spec:attribute`. is_file: None where its name must tell."""
     name, its_own = spec.rsplit(':', 1) if ':' in spec and not os.path.isfile(spec) else (spec, '')
+    if is_file is None:                                 # project.wsgi is Django's module
+        is_file = name.endswith('.py') or name.endswith('.wsgi') and ('/' in name or os.path.isfile(name))
     if not is_file and (not name or '/' in name or name.endswith('.py')):
         raise ConfigError(f'{spec!r} is no module; for a file: wsgi-file = FILE')
     return find_callable((import_file if is_file else import_module)(name), its_own or attribute, name)
@@ -3473,9 +3484,7 @@ def load_application(config):
     for mount in config.mount:
         prefix, _, spec = map(str.strip, mount.partition('='))
         with config.errors_at(mount, 'mount'):
-            name = spec if os.path.isfile(spec) else spec.rpartition(':')[0] or spec    # Django: project.wsgi:app
-            is_file = name.endswith('.py') or name.endswith('.wsgi') and ('/' in name or os.path.isfile(name))
-            mounts[prefix.rstrip('/')] = load(spec, config.callable, is_file)
+            mounts[prefix.rstrip('/')] = load(spec, config.callable)
     for name, spec in ('module', config.module), ('wsgi-file', config.wsgi_file):
         try:
             if spec and application is None:
@@ -3785,9 +3794,9 @@ class Master:
         self.start, self.signals, self.touched = start, signals, touched        # {file to be touched: its time}
         self.listeners = [one for one in owned if one.protocol in ('uwsgi', 'http')]
         self.stats, self.command = Stats(self), worker_command(config)
-        if self.command and not any(foreign for *_, foreign, _, _ in workers):      # after that it's up to the programs
-            for listener in self.listeners:
-                listener.socket.setblocking(True)
+        if self.command and not any(foreign for *_, foreign, _, _ in workers):
+            for listener in self.listeners:             # workers in Python may have left it otherwise; from now on all
+                listener.socket.setblocking(True)       # programs share what one of them makes of it
         self.children = {pid: Child(pid, *rest) for pid, *rest in workers}      # those from before a reload
         # Twice as many as workers: those that were told to stop may go on for a while.
         self.all_rows = [[Row() for _ in range(config.threads)] for _ in range(2 * config.processes + 2)]
@@ -4164,8 +4173,7 @@ class Master:
         self.now = time.monotonic()
         self.stop()
         if self.stopping > 1:
-            for one in self.owned if self.config.vacuum else ():
-                vacuum(one)
+            vacuum_all(self.config, self.owned)
             flush_streams()
             os._exit(0)
         worker.on_stop(signal.SIGTERM, None)
@@ -4657,8 +4665,7 @@ def run_server(config, start):
     finally:
         if os.getpid() != start.pid:                    # a child of the application, which owns nothing
             os._exit(1)
-        for one in owned if config.vacuum else ():
-            vacuum(one)
+        vacuum_all(config, owned)
     for number in signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2:
         signal.signal(number, signal.SIG_IGN)
     for number in signal.SIGINT, signal.SIGQUIT:        # these end us, whatever we wait for

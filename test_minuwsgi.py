@@ -611,6 +611,7 @@ def test_a_value_is_converted(tmp, monkeypatch, line, attribute, expected):
      'logger = file:logfile=/a,maxsize=9: file:PATH or stdio is expected; taken as /a'),
     ('logger = stdio\nlogger = file:/a', 'logger does nothing: there is one log, and that is /a'),
     ('logger = file:/a\nlogto = /b', 'logger does nothing: there is one log, and that is /b'),
+    ('logto = /b\nreq-logger = stdio', 'req-logger does nothing: there is one log, and that is /b'),
     ('wsgi-file = app.py\nmodule = app', 'wsgi-file is for the case that module is not there'),
     ('wsgi file = app.py', "unknown option 'wsgi file', did you mean 'wsgi-file'?"),
     ('Chmod Socket = 660', "unknown option 'Chmod Socket', did you mean 'chmod-socket'?"),
@@ -621,6 +622,10 @@ def test_a_value_is_converted(tmp, monkeypatch, line, attribute, expected):
 def test_a_line_that_is_wrong_is_named_with_its_place_and_what_is_meant(tmp, line, message):
     texts = said(load(tmp, line))
     assert any(text.startswith('app.ini:') and text.endswith(message) for text in texts), texts
+
+
+def test_only_of_a_log_is_it_said_that_there_is_another(tmp):
+    assert said(load(tmp, 'procname = stdio\nlogto = /b')) == []
 
 
 def test_all_mistakes_are_told_at_once_in_the_order_of_the_lines(tmp):
